@@ -1,0 +1,33 @@
+# `make demo` and `make test` need only Python 3.11+ and make; both set up .venv once.
+#   make test TORCH='torch==2.13.0'    another torch requirement than the range in pyproject.toml
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed-$(subst /,_,$(subst $() ,_,$(TORCH)))
+
+.PHONY: demo test check setup bench clean
+
+demo: setup
+	$(BIN)/fewbits compare --data digits --model convnet --bits 2 --seed 0 --out runs/demo --overwrite $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+setup: $(STAMP)
+
+# One pip call for torch and fewbits, so that torch is resolved once, within both requirements.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fewbits needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),'$(TORCH)') -e '.[dev]'
+	rm -f .venv/.installed-*
+	touch '$@'
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,23 @@
+"""Train PyTorch networks whose weights cluster on a few learned values."""
+
+from importlib.metadata import version as _version
+
+from . import regularizers as regularizers
+from . import schedules as schedules
+from ._clustering import Clustering as Clustering
+from ._errors import CodebookError as CodebookError
+from ._errors import FewbitsError as FewbitsError
+from ._errors import FileError as FileError
+from ._errors import PlanError as PlanError
+from ._finetune import finetune_codebooks as finetune_codebooks
+from ._finetune import reestimate_batch_norm as reestimate_batch_norm
+from ._gap import Gap as Gap
+from ._plan import Plan as Plan
+from ._plan import plan as plan
+from ._pull import Penalty as Penalty
+from ._pull import Proximal as Proximal
+from ._quantize import quantize as quantize
+from ._summary import Summary as Summary
+from ._summary import summary as summary
+
+__version__ = _version("fewbits")

@@ -1,0 +1,204 @@
+"""The command line: parse, call, print, map errors to exit codes."""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._errors import FewbitsError, PlanError
+
+EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 70, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fewbits")
+def cli() -> None:
+    """Train PyTorch networks whose weights cluster on a few learned values."""
+
+
+def _numbers(context: Any, parameter: Any, text: str | None) -> tuple[int, ...] | None:
+    """Parse "2,4,16" or "0-2"; click reports what it cannot read."""
+    if text is None:
+        return None
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            low, dash, high = part.partition("-")
+            numbers += range(int(low), int(high) + 1) if dash and low else [int(part)]
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers like 2,4,16.") from None
+    return tuple(numbers)
+
+
+def _words(context: Any, parameter: Any, text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(","))
+
+
+_RUN_OPTIONS = [
+    click.option("--config", type=click.Path(path_type=Path), help="TOML file; flags override it."),
+    click.option("--data", help="digits, cifar10, or a folder of images or Parquet files."),
+    click.option("--model", help="convnet, alexnet, vgg16, torchvision:NAME, timm:NAME or package.module:factory."),
+    click.option("--width", type=float, help="Multiplies the channel counts."),
+    click.option("--bits", callback=_numbers, help="Bits per weight: 2, or 1,2,4."),
+    click.option("--k", callback=_numbers, help="Values per weight instead of --bits: 3, or 2,4,16."),
+    click.option("--seed", "seeds", callback=_numbers, help="0, or 0,1,2, or 0-2."),
+    click.option("--epochs", type=int, help="Epochs of float training that all methods start from."),
+    click.option("--finetune-epochs", type=int, help="Further epochs, the same for every method."),
+    click.option("--batch-size", type=int, help="Images per step."),
+    click.option("--lr", type=float, help="Peak learning rate."),
+    click.option("--finetune-lr", type=float, help="Peak learning rate of the further epochs, as a share of --lr."),
+    click.option("--weight-decay", type=float, help="Weight decay."),
+    click.option("--strength", type=float, help="Multiplies each method's default strength."),
+    click.option("--train-images", type=int, help="Use only so many training images."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/DATA-MODEL-TIME if not given."),
+    click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
+    click.option("--resume", type=click.Path(path_type=Path), help="Go on with an interrupted run, its own config."),
+    click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
+    click.option("--quiet", is_flag=True, help="No progress bars."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an internal error."),
+]  # fmt: skip
+
+
+def _run_options(command: Callable) -> Callable:
+    for option in reversed(_RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option("--method", help="The method to train with; see `fewbits compare --help`.")
+@_run_options
+def train(method: str | None, **options: Any) -> None:
+    """Train a network, quantize it, and compare with quantizing after training.
+
+    \b
+    fewbits train                                    # digits, 2 bits, a minute
+    fewbits train --data cifar10 --model vgg16 --bits 2
+    fewbits train --resume runs/demo
+    """
+    settings = {} if method is None else {"methods": _with_baseline(method)}
+    _compare(settings, options)
+
+
+@cli.command()
+@click.option("--methods", callback=_words, help="Names with commas between them.")
+@_run_options
+def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
+    """Compare methods, numbers of values and seeds from one float training per seed.
+
+    \b
+    fewbits compare --methods kmeans,penalty,penalty-snapped --bits 1,2,4 --seed 0-2
+    """
+    _compare({} if methods is None else {"methods": methods}, options)
+
+
+def _with_baseline(method: str) -> tuple[str, ...]:
+    return ("kmeans",) if method == "kmeans" else ("kmeans", method)
+
+
+def _compare(settings: dict[str, Any], options: dict[str, Any]) -> None:
+    """Gather the config, run the comparison, print the table and the report's path."""
+    from .lab.config import Config, read_toml
+
+    resume, out = options["resume"], options["out"]
+    fields = {field.name for field in dataclasses.fields(Config)}
+    given = settings | {n: v for n, v in options.items() if n in fields and v is not None}
+    if options["bits"] is not None:
+        if options["k"] is not None:
+            raise PlanError("give one of --bits and --k; both are given.")
+        for bits in options["bits"]:
+            if not 0 <= bits <= 16:
+                raise PlanError(f"--bits is {bits}. Give whole numbers from 0 to 16, or --k.")
+        given["k"] = tuple(2**bits for bits in options["bits"])
+    if resume:
+        if given or options["config"] or out or options["overwrite"]:
+            raise PlanError("--resume goes on with the run's own config. Leave the other settings out.")
+        folder, config = resume, Config(**read_toml(resume / "config.toml"))
+    else:
+        read = read_toml(options["config"]) if options["config"] else {}
+        config = Config(**(read | given))
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{Path(config.data).name}-{config.model.rpartition(':')[2]}-{stamp}"
+        folder = out or Path("runs") / name
+    rows = _run_comparison(config, folder, options)
+    _print_rows(rows, folder, as_json=options["as_json"])
+
+
+def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    from ._bars import Bars, each
+    from .lab import _folder
+    from .lab.compare import Comparison
+    from .lab.data import load
+    from .lab.device import pick_device
+    from .report import write_report
+
+    device = pick_device(options["device"])
+    progress = Bars(quiet=options["quiet"])
+    data = load(config.data, progress=None if options["quiet"] else each)
+    if not options["resume"]:
+        _folder.prepare(folder, overwrite=options["overwrite"])
+        _folder.write_atomically(folder / "config.toml", config.to_toml().encode())
+    try:
+        comparison = Comparison(config, folder, data.to(device), device, progress)
+        rows = comparison.run(command="fewbits " + shlex.join(sys.argv[1:]))
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"fewbits: stopped. Go on with: fewbits compare --resume {folder}", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        progress.close()
+    write_report(folder)
+    return rows
+
+
+def _print_rows(rows: list[dict[str, Any]], folder: Path, *, as_json: bool) -> None:
+    from .report import text
+
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(text(rows))
+    print(f"report: {folder / 'report.html'}")
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line: errors are one line on stderr and an exit code.
+
+    Exit codes: 0 done; 1 refused (a `FewbitsError`); 2 usage; 130 interrupted; 70 a bug of ours.
+
+    Args:
+        arguments: instead of `sys.argv[1:]`.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(args=words, prog_name="fewbits", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except FewbitsError as error:
+        print(f"fewbits: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_REFUSED) from None
+    except KeyboardInterrupt:
+        print("fewbits: stopped.", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        print(
+            f"fewbits: internal error: {type(error).__name__}: {str(error).splitlines()[:1]}."
+            " Re-run with --debug for the traceback, and please report it.",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_BUG) from None

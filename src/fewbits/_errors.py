@@ -1,0 +1,38 @@
+"""The errors fewbits raises, and the nearest-name hint they carry."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FewbitsError(Exception):
+    """Base of every error that fewbits raises on purpose.
+
+    The message is one line that says what is wrong, where, and what to do.
+    """
+
+
+class PlanError(FewbitsError):
+    """A rule, a number of values, or a model that cannot be planned as asked."""
+
+
+class CodebookError(FewbitsError):
+    """Weights or representatives that cannot be used: not finite, collapsed, wrong shape."""
+
+
+class FileError(FewbitsError):
+    """A file, folder, image, checkpoint or config that cannot be read or must not be written."""
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """Return " Did you mean …?" with the known names nearest to `name`, or nothing.
+
+    Args:
+        name: what the user wrote.
+        known: what would have been accepted.
+        most: how many names to offer at most.
+
+    Returns:
+        A sentence with a leading space, or the empty string where nothing is near.
+    """
+    near = difflib.get_close_matches(name, sorted(set(known)), n=most, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

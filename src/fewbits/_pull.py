@@ -1,0 +1,209 @@
+"""How the pull is applied, and the one loop over pieces that every regularizer runs in."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._codebook import boundaries_of
+from ._errors import PlanError
+from ._kernels import PIECE, assign_pieces, compute_dtype, count, gather
+from .regularizers import LayerState, Regularizer
+from .schedules import Schedule, as_schedule
+
+CodebookGradient = Literal["mean", "sqrt", "sum"]
+Strength = float | Schedule | Mapping[str, float | Schedule]
+
+# Elements of weights x representatives in one piece for regularizers that compare all: 4 MB.
+COMPARED = 1 << 20
+
+
+def _check(strength: Strength, codebook_gradient: str) -> None:
+    values = strength.values() if isinstance(strength, Mapping) else [strength]
+    for value in values:
+        schedule = as_schedule(value)
+        if not all(math.isfinite(v) and v >= 0 for v in (schedule.begin, schedule.end)):
+            raise PlanError(f"strength is {value!r}. Give a finite number, 0 or more.")
+    if codebook_gradient not in ("mean", "sqrt", "sum"):
+        raise PlanError(
+            f"codebook_gradient is {codebook_gradient!r}. Use 'mean', 'sqrt' or 'sum'."
+        )
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """Add the regularizer to the loss, as in the paper.
+
+    Attributes:
+        strength: λ: a number, a schedule, or either per layer as {glob on the weight's name: …},
+            where the last match wins and a weight that matches nothing gets no pull.
+        codebook_gradient: what a representative gets from its members' gradients: their "mean",
+            so that it moves as its members would; their "sum", the exact gradient; or the sum
+            over the square root of their number, "sqrt".
+    """
+
+    strength: Strength = 1.0
+    codebook_gradient: CodebookGradient = "mean"
+
+    def __post_init__(self):
+        """Refuse negative strengths and unknown words."""
+        _check(self.strength, self.codebook_gradient)
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """Move the weights after the optimizer's step, decoupled as weight decay is in AdamW.
+
+    Attributes:
+        strength: the pull per step: nearest-2 moves a weight the share a / (1 + a) of the way,
+            nearest-1 moves it by a standard deviations and stops on arrival. Not multiplied by
+            the learning rate. A number, a schedule, or either per layer, as in `Penalty`.
+        codebook_gradient: as in `Penalty`; used where the forward pass is snapped.
+        average: without the snapped forward no gradient reaches a representative; it moves this
+            share of the way to its cluster's mean at every step.
+    """
+
+    strength: Strength = 0.01
+    codebook_gradient: CodebookGradient = "mean"
+    average: float = 0.1
+
+    def __post_init__(self):
+        """Refuse negative strengths, unknown words and averages outside 0 … 1."""
+        _check(self.strength, self.codebook_gradient)
+        if not 0 <= self.average <= 1:
+            raise PlanError(f"Proximal: average is {self.average!r}. Give a share from 0 to 1.")
+
+
+def reduce_codebook_gradient(gradient: Tensor, counts: Tensor, how: CodebookGradient) -> Tensor:
+    """Turn the exact gradient of each representative, a sum over members, into what was asked.
+
+    Args:
+        gradient: (G, K) exact gradient.
+        counts: (G, K) members of each.
+        how: "sum" leaves it, "mean" divides by the members, "sqrt" by their square root.
+
+    Returns:
+        (G, K).
+    """
+    if how == "sum":
+        return gradient
+    members = counts.clamp(min=1).to(gradient.dtype)
+    return gradient / (members if how == "mean" else members.sqrt())
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """One layer's weights with everything its regularizer needs, taken piece by piece.
+
+    Attributes:
+        weight: (G, n) any floating type.
+        codebook: (G, K) ascending, float32 or float64, in the weights' units.
+        std: the layer's standard deviation, above 0, a 0-d tensor.
+        usage: (G, K) running share.
+        parameters: the regularizer's own tensors, (G, K) each, in codebook order.
+        step: steps taken.
+    """
+
+    weight: Tensor
+    codebook: Tensor
+    std: Tensor
+    usage: Tensor
+    parameters: Mapping[str, Tensor]
+    step: int
+
+    def walk(self, regularizer: Regularizer) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yield rows, columns, the normalised weights and their indices, piece by piece."""
+        k = self.codebook.shape[1]
+        size = max(1, COMPARED // k) if regularizer.compares_all else PIECE
+        cost = regularizer.cost(self.usage)
+        boundaries = boundaries_of(self.codebook, None if cost is None else cost * self.std**2)
+        dtype = compute_dtype(self.weight)
+        for rows, columns, indices in assign_pieces(self.weight, boundaries, size):
+            yield rows, columns, self.weight[rows, columns].to(dtype) / self.std, indices
+
+    def layer(self, rows: slice, codebook: Tensor, parameters: Mapping[str, Tensor]) -> LayerState:
+        """Return what the penalty sees of rows `rows`."""
+        own = {name: value[rows] for name, value in parameters.items()}
+        return LayerState(codebook[rows], self.usage[rows], own, self.step)
+
+
+def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return R, the members of each cluster, and the exact gradients of everything but weights.
+
+    Args:
+        regularizer: the formula.
+        layer: the weights.
+
+    Returns:
+        the value, 0-d float64; counts, (G, K) float64; gradients by name, "codebook" and the
+        regularizer's own, each (G, K) float64.
+    """
+    k = layer.codebook.shape[1]
+    free = {"codebook": layer.codebook / layer.std, **layer.parameters}
+    value = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+    counts = torch.zeros_like(layer.codebook, dtype=torch.float64)
+    sums = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in free.items()}
+    for rows, _, part, indices in layer.walk(regularizer):
+        with torch.enable_grad():
+            leaves = {name: v.detach().requires_grad_() for name, v in free.items()}
+            state = layer.layer(
+                rows, leaves["codebook"], {n: leaves[n] for n in layer.parameters}
+            )
+            nearest = gather(leaves["codebook"], indices, rows.start)
+            total = regularizer.penalty(part, nearest, state).sum(dtype=torch.float64)
+            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        value += total.detach()
+        for name, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                sums[name] += gradient
+        counts[rows] += count(indices, k)
+    size = max(layer.weight.numel(), 1)
+    gradients = {name: total / size for name, total in sums.items()}
+    gradients["codebook"] = gradients["codebook"] / layer.std
+    return value / size, counts, gradients
+
+
+def add_weight_gradient(
+    regularizer: Regularizer, layer: Pieces, factor: Tensor | float, out: Tensor
+) -> None:
+    """In place: add factor x dR/dw to `out`, exactly; only a piece's temporaries are formed.
+
+    Args:
+        regularizer: the formula.
+        layer: the weights.
+        factor: what R is multiplied by in the loss.
+        out: (G, n), ordered as the weights.
+    """
+    codebook = layer.codebook / layer.std
+    scale = factor / (layer.std * max(layer.weight.numel(), 1))
+    for rows, columns, part, indices in layer.walk(regularizer):
+        with torch.enable_grad():
+            part = part.detach().requires_grad_()
+            nearest = gather(codebook, indices, rows.start)
+            state = layer.layer(rows, codebook, layer.parameters)
+            total = regularizer.penalty(part, nearest, state).sum()
+            (gradient,) = torch.autograd.grad(total, part)
+        out[rows, columns] += gradient * scale
+
+
+def proximal_step(regularizer: Regularizer, layer: Pieces, amount: float, out: Tensor) -> None:
+    """In place: write the weights after one decoupled pull into `out`.
+
+    Args:
+        regularizer: the formula.
+        layer: the weights.
+        amount: strength of the pull; see `Proximal`.
+        out: (G, n), the weights themselves or a copy of them.
+    """
+    codebook = layer.codebook / layer.std
+    for rows, columns, part, indices in layer.walk(regularizer):
+        nearest = gather(codebook, indices, rows.start)
+        state = layer.layer(rows, codebook, layer.parameters)
+        moved = regularizer.proximal(part, nearest, amount, state)
+        # Arrived weights take the representative itself: dividing by std and multiplying again
+        # would leave them a rounding error away.
+        exact = gather(layer.codebook, indices, rows.start)
+        out[rows, columns] = torch.where(moved == nearest, exact, moved * layer.std).to(out.dtype)

@@ -1,0 +1,89 @@
+"""After training: uniform, k-means and entropy-constrained quantization."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ._attach import check_finite
+from ._codebook import grouped, initial_codebook, rate_aware_boundaries, ungrouped
+from ._errors import PlanError, did_you_mean
+from ._kernels import cluster_sums, midpoints, snap
+from ._plan import Plan
+from ._plan import plan as make_plan
+
+Method = Literal["kmeans", "uniform", "entropy"]
+_METHODS: tuple[Method, ...] = ("kmeans", "uniform", "entropy")
+
+# Rounds of assign and re-estimate; the Lagrangian changes by under 0.1% after 15 on Laplacian
+# and normal weights at K = 4 … 64.
+_ROUNDS = 30
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    *,
+    bits: int | None = None,
+    k: int | None = None,
+    plan: Plan | None = None,
+    method: Method = "kmeans",
+    rate: float = 0.02,
+) -> Plan:
+    """In place: set each selected weight to the nearest of few values, without training.
+
+    Args:
+        model: a trained module.
+        bits: log2 of the number of values per codebook.
+        k: the number of values instead.
+        plan: a plan for this model instead. Exactly one of the three.
+        method: "kmeans", least squared error; "uniform", an even grid from the smallest to the
+            largest weight; "entropy", least squared error plus `rate` x bits of the index.
+        rate: for "entropy": what a bit per weight is worth in squared standard deviations.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        PlanError: if the model, the numbers or the rules do not allow it.
+        CodebookError: if a selected weight is not finite. The model is unchanged in both cases.
+
+    References:
+        docs/method.md, eq. 7 for "entropy" (Chou, Lookabaugh & Gray 1989).
+    """
+    if method not in _METHODS:
+        raise PlanError(f"method is {method!r}.{did_you_mean(method, _METHODS)} Use {_METHODS}.")
+    if rate < 0:
+        raise PlanError(f"rate is {rate!r}. Give 0 or more.")
+    if (bits is not None) + (k is not None) + (plan is not None) != 1:
+        raise PlanError("give exactly one of bits, k and plan.")
+    if plan is None:
+        plan = make_plan(model, bits=bits, k=k)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for planned in plan.selected:
+        check_finite(planned.name, weights[planned.name])
+    for planned in plan.selected:
+        weight = weights[planned.name].detach()
+        view = grouped(weight, planned.groups, planned.axis)
+        values = _quantized(view, planned.k, method, rate)
+        weight.copy_(ungrouped(values, weight, planned.groups, planned.axis))
+    return plan
+
+
+def _quantized(weight: Tensor, k: int, method: Method, rate: float) -> Tensor:
+    """Return (G, n) weights on k values per row."""
+    codebook = initial_codebook(weight, k, "uniform" if method == "uniform" else "kmeans")
+    if method != "entropy" or rate == 0:
+        return snap(weight, codebook, midpoints(codebook))
+    worth = rate * weight.double().var(correction=0)
+    codebook = codebook.double()
+    boundaries = midpoints(codebook)
+    for _ in range(_ROUNDS):
+        counts, sums = cluster_sums(weight, weight, boundaries)
+        codebook = torch.where(counts > 0, sums / counts.clamp(min=1), codebook)
+        share = counts / weight.shape[1]
+        # A value without weights keeps a price at which nothing chooses it.
+        cost = worth * -share.clamp(min=1e-12).log2()
+        codebook, order = codebook.sort(dim=1)
+        boundaries = rate_aware_boundaries(codebook, cost.gather(1, order))
+    return snap(weight, codebook, boundaries)

@@ -1,0 +1,155 @@
+"""The snapped forward pass: layers read snapped weights, gradients pass straight through."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
+from ._kernels import cluster_sums, snap
+from ._plan import CODEBOOK_SUFFIX
+from ._pull import reduce_codebook_gradient
+
+# Where a layer keeps its switches while it is attached; plain Python attribute, not a parameter.
+SWITCHES = "_fewbits_switches"
+
+
+@dataclass
+class Switch:
+    """What the snapped read of one weight needs besides the weight and its codebook.
+
+    Attributes:
+        active: whether the layer reads snapped weights now.
+        axis: channel axis of the groups.
+        cost: (G, K) added to the squared distance when assigning, by rising representative, in
+            squared units of the weights; None for plain nearest.
+        codebook_gradient: "mean", "sqrt" or "sum".
+    """
+
+    active: bool
+    axis: int
+    codebook_gradient: str
+    cost: Tensor | None = None
+
+
+# Custom operators, so that torch.compile sees one opaque call and never unrolls the pieces.
+@torch.library.custom_op("fewbits::snap", mutates_args=())
+def _snap(
+    weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str
+) -> Tensor:
+    groups = codebook.shape[0]
+    ordered = codebook.sort(dim=1).values
+    snapped = snap(grouped(weight, groups, axis), ordered, boundaries_of(ordered, cost))
+    values = ungrouped(snapped, weight, groups, axis)
+    # The strides that the fake below promises; a copy only where channels are not the first axis.
+    return values if values.stride() == weight.stride() else torch.empty_like(weight).copy_(values)
+
+
+@_snap.register_fake
+def _(weight, codebook, cost, axis, how):
+    return torch.empty_like(weight)
+
+
+@torch.library.custom_op("fewbits::snap_codebook_gradient", mutates_args=())
+def _snap_codebook_gradient(
+    gradient: Tensor, weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str
+) -> Tensor:
+    groups = codebook.shape[0]
+    ordered, order = codebook.sort(dim=1)
+    view, values = (grouped_like(t, weight, groups, axis) for t in (weight, gradient))
+    counts, sums = cluster_sums(values, view, boundaries_of(ordered, cost))
+    reduced = reduce_codebook_gradient(sums, counts, how)  # pyright: ignore[reportArgumentType]
+    return torch.empty_like(codebook).scatter_(1, order, reduced.to(codebook.dtype))
+
+
+@_snap_codebook_gradient.register_fake
+def _(gradient, weight, codebook, cost, axis, how):
+    return torch.empty_like(codebook)
+
+
+def _keep(ctx, inputs, output):
+    weight, codebook, cost, ctx.axis, ctx.how = inputs
+    ctx.save_for_backward(weight, codebook, cost)
+
+
+def _straight_through(ctx, gradient):
+    weight, codebook, cost = ctx.saved_tensors
+    # Indices are searched again rather than kept: 4 ns a weight against a byte a weight.
+    to_codebook = torch.ops.fewbits.snap_codebook_gradient(
+        gradient, weight, codebook, cost, ctx.axis, ctx.how
+    )
+    return gradient, to_codebook, None, None, None
+
+
+_snap.register_autograd(_straight_through, setup_context=_keep)
+
+
+def snap_through(weight: Tensor, codebook: Tensor, switch: Switch) -> Tensor:
+    """Return the snapped weight; its gradient goes to the weight as it is and to the codebook.
+
+    Args:
+        weight: any shape, floating point.
+        codebook: (K,) or (G, K), in any order.
+        switch: granularity, assignment cost and the reduction of the codebook's gradient.
+
+    Returns:
+        Same shape and dtype as `weight`.
+
+    References:
+        docs/method.md, eq. 11: the gradient of a representative is the sum of its members'.
+    """
+    rows = codebook if codebook.dim() == 2 else codebook[None]
+    return torch.ops.fewbits.snap(weight, rows, switch.cost, switch.axis, switch.codebook_gradient)
+
+
+def install(module: nn.Module, attribute: str, switch: Switch) -> None:
+    """In place: make `module.attribute` read as snapped weights while the switch is on.
+
+    The module gets a subclass of its own class with one property; its parameters, state dict,
+    hooks and name stay as they are.
+    """
+    switches = module.__dict__.get(SWITCHES)
+    if switches is None:
+        switches = {}
+        object.__setattr__(module, SWITCHES, switches)
+    switches[attribute] = switch
+    base = _original_class(module)
+    module.__class__ = _reading_class(base, tuple(sorted(switches)))
+
+
+def uninstall(module: nn.Module) -> None:
+    """In place: give the module its own class back and forget every switch; idempotent."""
+    if SWITCHES in module.__dict__:
+        module.__class__ = _original_class(module)
+        del module.__dict__[SWITCHES]
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    cls = type(module)
+    return cls.__fewbits_original__ if "__fewbits_original__" in cls.__dict__ else cls
+
+
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _reading_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[nn.Module]:
+    key = (base, attributes)
+    if key not in _classes:
+        body: dict = {name: property(_reader(name)) for name in attributes}
+        body |= {"__fewbits_original__": base, "__module__": base.__module__}
+        body["__qualname__"] = base.__qualname__
+        _classes[key] = type(base.__name__, (base,), body)
+    return _classes[key]
+
+
+def _reader(attribute: str):
+    def read(self: nn.Module) -> Tensor | None:
+        weight = self._parameters[attribute]
+        switch = self.__dict__[SWITCHES].get(attribute)
+        if weight is None or switch is None or not switch.active:
+            return weight
+        codebook = self._parameters[attribute + CODEBOOK_SUFFIX]
+        assert codebook is not None  # ours: registered when the property was installed
+        return snap_through(weight, codebook, switch)
+
+    return read

@@ -1,0 +1,211 @@
+"""What a model holds: distinct values, entropy and bytes, read off the weights alone."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._codebook import distortion_of, grouped
+from ._plan import MOST_VALUES, Plan
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One weight of a `Summary`.
+
+    Attributes:
+        name: the parameter's name.
+        shape: its shape.
+        weights: number of weights.
+        codebooks: number of codebooks (1, or one per channel or group).
+        distinct: most distinct values under one codebook.
+        bits_fixed: bits per weight of a fixed-width index.
+        bits_entropy: bits per weight of an ideal entropy-coded index.
+        distortion: mean squared difference to the reference over its mean square; None without
+            a reference.
+        bytes_fixed: bytes of the packed indices and the codebooks.
+        bytes_entropy: the same with ideally coded indices.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    codebooks: int
+    distinct: int
+    bits_fixed: float
+    bits_entropy: float
+    distortion: float | None
+    bytes_fixed: int
+    bytes_entropy: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model holds; print it as a table, or take `rows()` into a DataFrame.
+
+    Attributes:
+        layers: the weights with few distinct values.
+        other_bytes: bytes of everything else in the state dict, stored as it is.
+        float_bytes: bytes of the state dict with every floating-point tensor in float32.
+    """
+
+    layers: tuple[LayerSummary, ...]
+    other_bytes: int
+    float_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in `layers`."""
+        return sum(row.weights for row in self.layers)
+
+    @property
+    def bits_fixed(self) -> float:
+        """Bits per weight at fixed width, over all of `layers`."""
+        return self._mean([row.bits_fixed for row in self.layers])
+
+    @property
+    def bits_entropy(self) -> float:
+        """Bits per weight at the entropy of the indices, over all of `layers`."""
+        return self._mean([row.bits_entropy for row in self.layers])
+
+    @property
+    def bytes_fixed(self) -> int:
+        """Bytes of the whole model: packed indices, codebooks and everything else."""
+        return self.other_bytes + sum(row.bytes_fixed for row in self.layers)
+
+    @property
+    def bytes_entropy(self) -> int:
+        """Bytes of the whole model with ideally coded indices: the bound, not a file."""
+        return self.other_bytes + sum(row.bytes_entropy for row in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """`float_bytes` over `bytes_fixed`."""
+        return self.float_bytes / self.bytes_fixed if self.bytes_fixed else math.nan
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one dict per layer, keyed by the attributes of `LayerSummary`."""
+        return [asdict(row) for row in self.layers]
+
+    def __str__(self) -> str:
+        """Return the summary as a table."""
+        lines = [
+            f"{'weight':32} {'shape':>16} {'values':>7} {'fixed':>6} {'entropy':>8}"
+            f" {'distortion':>11} {'bytes':>11}"
+        ]
+        for r in self.layers:
+            shape = "x".join(map(str, r.shape))
+            distortion = "" if r.distortion is None else f"{r.distortion:.2e}"
+            lines.append(
+                f"{r.name:32} {shape:>16} {r.distinct:7,} {r.bits_fixed:6.2f}"
+                f" {r.bits_entropy:8.3f} {distortion:>11} {r.bytes_fixed:11,}"
+            )
+        lines.append(f"everything else: {self.other_bytes:,} bytes")
+        lines.append(
+            f"whole model: {self.bytes_fixed:,} bytes, {self.ratio:.1f} times smaller than float32;"
+            f" {self.weights:,} weights at {self.bits_fixed:.2f} bits fixed,"
+            f" {self.bits_entropy:.3f} entropy"
+        )
+        return "\n".join(lines)
+
+    def _mean(self, values: list[float]) -> float:
+        if not self.weights:
+            return math.nan
+        total = sum(v * row.weights for v, row in zip(values, self.layers, strict=True))
+        return total / self.weights
+
+
+def summary(
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    plan: Plan | None = None,
+    reference: nn.Module | Mapping[str, Tensor] | None = None,
+) -> Summary:
+    """Say what a model holds, whoever made its values few.
+
+    A tensor of two or more dimensions counts as clustered where codebook and packed indices take
+    less room than the tensor itself. One codebook per tensor and one per channel are tried; with
+    a plan, its groups are taken.
+
+    Args:
+        model: a module or a state dict.
+        plan: what the weights were clustered by, for codebooks per group of channels.
+        reference: the model or state dict before, for the distortion.
+
+    Returns:
+        The summary; nothing is changed.
+    """
+    state = _state(model)
+    before = _state(reference) if reference is not None else {}
+    groups = {p.name: (p.groups, p.axis) for p in plan.selected} if plan else {}
+    layers, seen, other, full = [], {}, 0, 0
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in seen:
+            continue  # tied: stored once
+        seen[key] = name
+        size = tensor.numel() * tensor.element_size()
+        full += tensor.numel() * 4 if tensor.is_floating_point() else size
+        row = None
+        if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel():
+            row = _layer(name, tensor, groups.get(name), before.get(name))
+        if row is None or (row.bytes_fixed >= size and name not in groups):
+            other += size
+        else:
+            layers.append(row)
+    return Summary(tuple(layers), other, full)
+
+
+def _state(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not isinstance(model, nn.Module):
+        return model
+    return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+
+
+def _layer(
+    name: str, tensor: Tensor, groups: tuple[int, int] | None, before: Tensor | None
+) -> LayerSummary | None:
+    tries = [groups] if groups else [(1, 0), (tensor.shape[0], 0), (tensor.shape[1], 1)]
+    rows = [r for g, axis in tries if (r := _coded(name, tensor, g, axis, before)) is not None]
+    return min(rows, key=lambda r: r.bytes_fixed, default=None)
+
+
+def _coded(
+    name: str, tensor: Tensor, groups: int, axis: int, before: Tensor | None
+) -> LayerSummary | None:
+    view = grouped(tensor.detach(), groups, axis)
+    if groups > 1 and view.shape[1] > 1 and _row_is_diverse(view[0]):
+        return None
+    most, values, entropy = 1, 0, 0.0
+    for row in view:
+        _, counts = torch.unique(row, return_counts=True)
+        if len(counts) > MOST_VALUES:
+            return None
+        most, values = max(most, len(counts)), values + len(counts)
+        share = counts.double() / row.numel()
+        entropy += float(-(share * share.log2()).sum()) * row.numel()
+    bits = math.ceil(math.log2(most))
+    books = values * tensor.element_size()
+    distortion = None
+    if before is not None and before.shape == tensor.shape:
+        distortion = distortion_of(before.detach(), tensor.detach().to(before))
+    return LayerSummary(
+        name=name,
+        shape=tuple(tensor.shape),
+        weights=tensor.numel(),
+        codebooks=groups,
+        distinct=most,
+        bits_fixed=float(bits),
+        bits_entropy=max(entropy, 0.0) / tensor.numel(),
+        distortion=distortion,
+        bytes_fixed=math.ceil(bits * tensor.numel() / 8) + books,
+        bytes_entropy=math.ceil(entropy / 8) + books,
+    )
+
+
+def _row_is_diverse(row: Tensor) -> bool:
+    """Whether the first channel alone rules a codebook per channel out."""
+    return len(torch.unique(row)) > max(1, row.numel() // 2)

@@ -1,0 +1,1 @@
+"""Training, comparing and measuring: what the command line runs."""

@@ -1,0 +1,138 @@
+"""The run folder: what lies where, written so that a kill never leaves half a file."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .._errors import FileError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file by way of a temporary one beside it, so that it is whole or not there.
+
+    Args:
+        path: where to; missing folders are made.
+        data: the bytes.
+
+    Raises:
+        FileError: if it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise FileError(f"{path}: cannot be written ({error.strerror}). Free space or choose another folder.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        FileError: if the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise FileError(f"{path}: is not JSON ({error}). Delete it to make it anew.") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Save tensors and plain values atomically, for `load_checkpoint`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        temporary.unlink(missing_ok=True)
+        raise FileError(f"{path}: the checkpoint cannot be written ({error}).") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load what `save_checkpoint` wrote; no code in the file is run.
+
+    Raises:
+        FileError: if it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise FileError(
+            f"{path}: the checkpoint is damaged ({type(error).__name__})."
+            " Delete it to restart this part of the run."
+        ) from error
+
+
+def save_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Save a state dict as safetensors, atomically; tied tensors are written once each name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temporary)
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise FileError(f"{path}: the model cannot be written ({error}).") from error
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Load what `save_state` wrote.
+
+    Raises:
+        FileError: if it cannot be read.
+    """
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise FileError(f"{path}: the model cannot be read ({error}). Delete it to restart.") from error
+
+
+def prepare(folder: Path, *, overwrite: bool) -> None:
+    """Make an empty run folder.
+
+    Args:
+        folder: where.
+        overwrite: whether a run that is there already may be deleted.
+
+    Raises:
+        FileError: if it exists and is not empty and may not be, or holds something else than a
+            run, or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise FileError(
+                f"{folder}: exists already. Choose another --out, go on with --resume {folder},"
+                " or replace it with --overwrite."
+            )
+        if not (folder / "config.toml").is_file():
+            raise FileError(
+                f"{folder}: holds no run (no config.toml), so it is not overwritten."
+                " Choose another --out."
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be made ({error.strerror}). Choose another --out.") from error

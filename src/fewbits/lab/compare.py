@@ -1,0 +1,350 @@
+"""Several methods, numbers of values and seeds, from one float training per seed."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .._finetune import finetune_codebooks
+from .._plan import Plan
+from .._plan import plan as make_plan
+from .._quantize import quantize
+from .._summary import summary
+from ._folder import load_state, read_json, save_state, write_atomically, write_json
+from ._layers import Stage, describe, histograms
+from .config import Config
+from .data import ImageData, default_augment
+from .methods import METHODS, Method
+from .models import build, parameter_count
+from .progress import Progress
+from .training import Job, accuracy, reestimate, steps_per_epoch, training_batches
+
+# The keys of a row, in order: what `--json` prints and rows.json holds, nothing else.
+ROW_KEYS = (
+    "method", "k", "seed", "float_accuracy", "accuracy", "drop", "hardening_gap", "bits_fixed",
+    "bits_entropy", "bytes", "ratio", "seconds",
+)  # fmt: skip
+
+# Step of codebook fine-tuning, in standard deviations of the weight, falling along a cosine.
+FINETUNE_STEP = 2e-3
+
+
+@dataclass
+class _Outcome:
+    """A method's network, measured: what a row and the report are made of."""
+
+    model: nn.Module
+    plan: Plan
+    start: dict[str, Tensor]
+    stages: dict[str, dict[str, Stage]]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    accuracy_before_hardening: float | None = None
+    accuracy_before_reestimation: float = math.nan
+    seconds: float = 0.0
+
+
+@dataclass
+class Comparison:
+    """A comparison in its folder; a job that is finished there is not done again.
+
+    Attributes:
+        config: what to do.
+        folder: where; made by the caller.
+        data: the images, on the device to train on.
+        device: that device.
+        progress: told what happens.
+    """
+
+    config: Config
+    folder: Path
+    data: ImageData
+    device: torch.device
+    progress: Progress
+
+    def __post_init__(self):
+        """Take the subset that the config asks for."""
+        if self.config.train_images:
+            self.data = self.data.subset(train=self.config.train_images)
+        self.augment = default_augment(self.data)
+
+    def run(self, command: str) -> list[dict[str, Any]]:
+        """Do every job that is not finished; write rows.json and details.json after each.
+
+        Args:
+            command: the command line, for the report.
+
+        Returns:
+            One row per method, k and seed, with the keys of `ROW_KEYS`.
+        """
+        for k in self.config.k:  # a k or model that cannot be is refused before any training
+            make_plan(self._fresh(self.config.seeds[0]), k=k)
+        results: list[dict[str, Any]] = []
+        for seed in self.config.seeds:
+            for method in self.config.methods:
+                for k in self.config.k:
+                    results.append(self._cell(method, k, seed))
+                    self._write(results, command)
+        return [_public(result["row"]) for result in results]
+
+    # -- one method, k and seed -----------------------------------------------------------------
+
+    def _cell(self, method: str, k: int, seed: int) -> dict[str, Any]:
+        name = f"{method}-k{k}-seed{seed}"
+        done = self._finished(name)
+        if done is not None:
+            return done
+        reference = self._float(seed, continued=True)["accuracy"]
+        outcome = self._carry_out(METHODS[method], name, k, seed)
+        found = summary(outcome.model, plan=outcome.plan)
+        now = accuracy(outcome.model, self.data)
+        before = outcome.accuracy_before_hardening
+        row = {
+            "method": method,
+            "k": k,
+            "seed": seed,
+            "float_accuracy": round(reference, 4),
+            "accuracy": round(now, 4),
+            "drop": round(reference - now, 4),
+            "hardening_gap": None if before is None else round(before - now, 4),
+            "bits_fixed": round(found.bits_fixed, 4),
+            "bits_entropy": round(found.bits_entropy, 4),
+            "bytes": found.bytes_fixed,
+            "ratio": round(found.ratio, 4),
+            "seconds": round(outcome.seconds, 2),
+            "accuracy_before_reestimation": round(outcome.accuracy_before_reestimation, 4),
+        }
+        entropy = {layer.name: layer.bits_entropy for layer in found.layers}
+        layers = describe(outcome.model, outcome.plan, outcome.stages, outcome.start, entropy)
+        layers = [{"method": method, "k": k, "seed": seed} | layer for layer in layers]
+        result = {"row": row, "layers": layers, "float_bytes": found.float_bytes}
+        return self._finish(name, outcome.model, outcome.history, result)
+
+    def _carry_out(self, method: Method, name: str, k: int, seed: int) -> _Outcome:
+        """Train or quantize, re-estimate batch norm, and keep what was seen on the way."""
+        model = self._fresh(seed)
+        if method.start != "scratch":
+            model.load_state_dict(self._float(seed, continued=method.start == "continued")["state"])
+        plan = make_plan(model, k=k)
+        start = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        outcome = _Outcome(model, plan, start, {"before": histograms(model, plan)})
+        began = time.monotonic()
+        if method.attach is not None:
+            self._train_clustered(method, name, k, seed, outcome)
+        elif method.post_training is not None:
+            quantize(model, k=k, method=method.post_training)
+            if method.finetune:
+                self._finetune(outcome, seed)
+            outcome.seconds = time.monotonic() - began
+        outcome.accuracy_before_reestimation = accuracy(model, self.data)
+        reestimate(model, self.data, self.config.batch_size, self.augment)
+        outcome.stages["after"] = histograms(model, plan)
+        return outcome
+
+    def _train_clustered(
+        self, method: Method, name: str, k: int, seed: int, outcome: _Outcome
+    ) -> None:
+        assert method.attach is not None  # what the caller chose it by
+        config = self.config
+        job = self._job(name, outcome.model, seed, scratch=method.scratch)
+        if method.scratch:
+            job.epochs += config.finetune_epochs
+        steps = job.epochs * steps_per_epoch(self.data, config.batch_size)
+        job.clustering = method.attach(outcome.model, k, steps, config.strength)
+        job.codebook_lr = method.codebook_lr
+        self._train(job, during=lambda model: histograms(model, outcome.plan))
+        during = [epoch["during"] for epoch in job.history if "during" in epoch]
+        outcome.stages |= {"during": during[0]} if during else {}
+        outcome.history = [{k: v for k, v in h.items() if k != "during"} for h in job.history]
+        outcome.seconds = sum(epoch["seconds"] for epoch in job.history)
+        outcome.accuracy_before_hardening = (
+            job.history[-1]["accuracy"] if job.history else accuracy(outcome.model, self.data)
+        )
+        job.clustering.harden()
+
+    def _finetune(self, outcome: _Outcome, seed: int) -> None:
+        outcome.model.train()
+        epochs = self.config.finetune_epochs
+        for epoch in range(epochs):
+            stream = training_batches(
+                self.data, self.config.batch_size, self.augment, _epoch_seed(seed, epoch)
+            )
+            step = FINETUNE_STEP * (1 + math.cos(math.pi * epoch / epochs)) / 2
+            finetune_codebooks(outcome.model, stream, cross_entropy, lr=step, plan=outcome.plan)
+        outcome.model.eval()
+
+    # -- the float networks ---------------------------------------------------------------------
+
+    def _float(self, seed: int, *, continued: bool) -> dict[str, Any]:
+        """Return a seed's float network, trained if it is not there yet.
+
+        `continued` has trained for as many epochs as every method: it is what post-training
+        methods quantize and what every accuracy is compared with.
+        """
+        name = f"float-continued-seed{seed}" if continued else f"float-seed{seed}"
+        done = self._finished(name)
+        if done is None:
+            model = self._fresh(seed)
+            if continued:
+                model.load_state_dict(self._float(seed, continued=False)["state"])
+            job = self._job(name, model, seed, scratch=not continued)
+            self._train(job)
+            reestimate(model, self.data, self.config.batch_size, self.augment)
+            found = {"accuracy": accuracy(model, self.data)}
+            done = self._finish(name, model, job.history, found)
+        return done | {"state": load_state(self._model_path(name))}
+
+    def _fresh(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        config = self.config
+        classes, shape = len(self.data.classes), self.data.shape
+        model = build(config.model, classes=classes, shape=shape, width=config.width)
+        return model.to(self.device)
+
+    def _job(self, name: str, model: nn.Module, seed: int, *, scratch: bool) -> Job:
+        config = self.config
+        return Job(
+            name=name,
+            model=model,
+            data=self.data,
+            augment=self.augment,
+            epochs=config.epochs if scratch else config.finetune_epochs,
+            batch_size=config.batch_size,
+            lr=config.lr * (1.0 if scratch else config.finetune_lr),
+            warmup=0.1 if scratch else 0.0,
+            weight_decay=config.weight_decay,
+            seed=seed,
+        )
+
+    def _train(self, job: Job, during: Any = None) -> None:
+        recorder = _Recorder(self._job_path(job.name), self.write_metrics, self.progress)
+        job.run(self._job_path(job.name) / "checkpoint.pt", progress=recorder, during=during)
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def _job_path(self, name: str) -> Path:
+        return self.folder / "jobs" / name
+
+    def _model_path(self, name: str) -> Path:
+        return self.folder / "models" / f"{name}.safetensors"
+
+    def _finished(self, name: str) -> dict[str, Any] | None:
+        path = self._job_path(name) / "result.json"
+        if not path.exists() or not self._model_path(name).exists():
+            return None
+        return read_json(path)
+
+    def _finish(
+        self, name: str, model: nn.Module, history: list[dict[str, Any]], result: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write the model, then the result that declares it finished, then drop the checkpoint."""
+        save_state(self._model_path(name), model.state_dict())
+        result = result | {"name": name, "history": history}
+        write_json(self._job_path(name) / "result.json", result)
+        (self._job_path(name) / "checkpoint.pt").unlink(missing_ok=True)
+        return result
+
+    def write_metrics(self) -> None:
+        """Write metrics.jsonl: one line per finished epoch of every job."""
+        lines = []
+        for path in sorted((self.folder / "jobs").glob("*/history.json"), key=_age):
+            name = path.parent.name
+            head, _, seed = name.rpartition("-seed")
+            method, _, k = head.rpartition("-k")
+            about = {"job": name, "method": method or "float", "k": int(k) if method else None}
+            about["seed"] = int(seed)
+            for epoch in read_json(path):
+                kept = {key: value for key, value in epoch.items() if key != "during"}
+                lines.append(json.dumps(about | kept) + "\n")
+        write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
+
+    def _write(self, results: list[dict[str, Any]], command: str) -> None:
+        rows = [result["row"] for result in results]
+        write_json(self.folder / "rows.json", [_public(row) for row in rows])
+        first = self.config.seeds[0]
+        details = {
+            "command": command,
+            "config": asdict(self.config),
+            "environment": environment(self.device),
+            "data": {
+                "name": self.data.name,
+                "train": len(self.data.train_labels),
+                "test": len(self.data.test_labels),
+                "classes": list(self.data.classes),
+            },
+            "model": {
+                "name": self.config.model,
+                "parameters": parameter_count(self._fresh(first)),
+            },
+            "float_bytes": results[0]["float_bytes"],
+            "rows": rows,
+            "layers": [x for r in results for x in r["layers"] if x["seed"] == first],
+        }
+        write_json(self.folder / "details.json", details)
+
+
+class _Recorder(Progress):
+    """Passes everything on, and writes the metrics of every epoch as it ends."""
+
+    def __init__(self, folder: Path, write_metrics: Callable[[], None], listener: Progress):
+        self.folder, self.write_metrics, self.listener = folder, write_metrics, listener
+
+    def job(self, name: str, steps: int, done: int) -> None:
+        self.listener.job(name, steps, done)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        self.listener.step(metrics)
+
+    def epoch(self, job: str, history: list[dict[str, Any]]) -> None:
+        write_json(self.folder / "history.json", history)
+        self.write_metrics()
+        self.listener.epoch(job, history)
+
+    def end(self) -> None:
+        self.listener.end()
+
+
+def _age(path: Path) -> tuple[float, str]:
+    return path.stat().st_mtime, str(path)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch
+
+
+def _public(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ROW_KEYS}
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what the figures depend on: versions, processor, threads."""
+    from .. import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "fewbits": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+        "processors": str(os.cpu_count()),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"

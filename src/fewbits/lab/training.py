@@ -1,0 +1,253 @@
+"""Training steps, evaluation, and one job: a training that can be stopped and resumed anywhere."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .._clustering import Clustering
+from .._errors import CodebookError, PlanError
+from .._finetune import reestimate_batch_norm
+from ._folder import load_checkpoint, save_checkpoint
+from .data import Augment, ImageData, batches
+from .progress import Progress
+
+# Training images used to re-estimate batch-norm statistics, and per batch in evaluation.
+REESTIMATION_IMAGES = 8192
+EVALUATION_BATCH = 512
+
+
+def training_batches(
+    data: ImageData, size: int, augment: Augment | None, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield one epoch of shuffled, augmented, normalized batches; the seed fixes all of it."""
+    generator = torch.Generator().manual_seed(seed)
+    return batches(
+        data.train_images,
+        data.train_labels,
+        size,
+        generator=generator,
+        augment=augment,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: ImageData) -> float:
+    """Return the share of held-out images classified right, in percent."""
+    training = model.training
+    model.eval()
+    right = 0
+    for images, labels in batches(
+        data.test_images, data.test_labels, EVALUATION_BATCH, mean=data.mean, std=data.std
+    ):
+        right += int((model(images).argmax(1) == labels).sum())
+    model.train(training)
+    return 100 * right / len(data.test_labels)
+
+
+def reestimate(model: nn.Module, data: ImageData, size: int, augment: Augment | None) -> None:
+    """In place: re-estimate batch-norm statistics on augmented training images."""
+    some = data.subset(train=REESTIMATION_IMAGES)
+    reestimate_batch_norm(model, training_batches(some, size, augment, seed=0))
+
+
+def snapped_accuracy(
+    clustering: Clustering, data: ImageData, size: int, augment: Augment | None
+) -> float:
+    """Return the accuracy as if hardened now, batch norm re-estimated; changes nothing."""
+    model = clustering.model
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with clustering.snapped():
+            reestimate(model, data, size, augment)
+            return accuracy(model, data)
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+@dataclass
+class Job:
+    """One training: a model, its optimizer, perhaps a clustering, over some epochs.
+
+    Attributes:
+        name: what it is called in metrics and folders, such as "penalty-k4-seed0".
+        model: trained in place.
+        data: the images.
+        augment: how training images vary.
+        epochs: how many.
+        batch_size: images per step.
+        lr: peak learning rate.
+        weight_decay: of the weights.
+        seed: fixes the order and augmentation of the images and dropout.
+        clustering: what pulls the weights, or nothing for a float network.
+        codebook_lr: learning rate of the representatives over `lr`.
+        history: one dict of metrics per finished epoch.
+    """
+
+    name: str
+    model: nn.Module
+    data: ImageData
+    augment: Augment | None
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    seed: int
+    clustering: Clustering | None = None
+    codebook_lr: float = 1.0
+    warmup: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return steps_per_epoch(self.data, self.batch_size)
+
+    def run(
+        self,
+        checkpoint: Path,
+        *,
+        progress: Progress,
+        during: Callable[[nn.Module], Any] | None = None,
+    ) -> None:
+        """In place: train the model, from the checkpoint on if there is one.
+
+        Args:
+            checkpoint: written atomically after every epoch. Everything random in an epoch is
+                seeded by the job's seed and the epoch, so a resumed run repeats the same bits.
+            progress: told of every step and epoch.
+            during: called half-way; what it returns is kept in that epoch's metrics.
+
+        Raises:
+            CodebookError: if the loss becomes NaN or infinite.
+        """
+        optimizer = self._optimizer()
+        if checkpoint.exists():
+            self._restore(load_checkpoint(checkpoint), optimizer)
+            progress.epoch(self.name, self.history)
+        steps = self.steps_per_epoch
+        progress.job(self.name, self.epochs * steps, len(self.history) * steps)
+        for epoch in range(len(self.history), self.epochs):
+            began = time.monotonic()
+            metrics = self._epoch(epoch, optimizer, progress)
+            metrics["seconds"] = round(time.monotonic() - began, 3)
+            metrics |= self._measure()
+            if during is not None and epoch == (self.epochs - 1) // 2:
+                metrics["during"] = during(self.model)
+            self.history.append(metrics)
+            save_checkpoint(checkpoint, self._state(optimizer))
+            progress.epoch(self.name, self.history)
+        progress.end()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.clustering is not None:
+            groups = self.clustering.param_groups(
+                lr=self.lr, weight_decay=self.weight_decay, codebook_lr=self.lr * self.codebook_lr
+            )
+        else:
+            groups = [{"params": list(self.model.parameters()), "weight_decay": self.weight_decay}]
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        return optimizer
+
+    def _epoch(
+        self, epoch: int, optimizer: torch.optim.Optimizer, progress: Progress
+    ) -> dict[str, Any]:
+        """Train one epoch and return its mean loss, penalty and training accuracy."""
+        model, clustering = self.model.train(), self.clustering
+        torch.manual_seed(self.seed * 100_003 + epoch)
+        stream = training_batches(
+            self.data, self.batch_size, self.augment, self.seed * 1_000_003 + epoch
+        )
+        seen, right, losses, penalties = 0, 0, 0.0, 0.0
+        for number, (images, labels) in enumerate(stream):
+            step = epoch * self.steps_per_epoch + number
+            factor = learning_rate_factor(step, self.epochs * self.steps_per_epoch, self.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            output = model(images)
+            loss = cross_entropy(output, labels)
+            penalty = clustering.loss() if clustering else loss.new_zeros(())
+            total = loss + penalty
+            if not math.isfinite(float(total.detach())):
+                raise CodebookError(
+                    f"{self.name}: the loss is {float(loss.detach())} and the penalty"
+                    f" {float(penalty.detach())} at step {step}. Lower the learning rate"
+                    " (--lr) or the strength (--strength)."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+            if clustering:
+                clustering.step()
+            seen += len(labels)
+            right += int((output.detach().argmax(1) == labels).sum())
+            losses += float(loss.detach()) * len(labels)
+            penalties += float(penalty.detach()) * len(labels)
+            progress.step({"loss": losses / seen, "penalty": penalties / seen})
+        return {
+            "epoch": epoch + 1,
+            "loss": losses / seen,
+            "penalty": penalties / seen,
+            "train_accuracy": 100 * right / seen,
+        }
+
+    def _measure(self) -> dict[str, Any]:
+        """Return the held-out accuracy and, with a clustering, the hardening gap, in points."""
+        now = accuracy(self.model, self.data)
+        if self.clustering is None:
+            return {"accuracy": now, "hardening_gap": None}
+        snapped = snapped_accuracy(self.clustering, self.data, self.batch_size, self.augment)
+        return {"accuracy": now, "hardening_gap": now - snapped}
+
+    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "model": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "clustering": self.clustering.state_dict() if self.clustering else None,
+            "history": self.history,
+        }
+
+    def _restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        if state["name"] != self.name or bool(state["clustering"]) != bool(self.clustering):
+            raise PlanError(
+                f"the checkpoint is of {state['name']!r}, not of {self.name!r}."
+                " Resume the run it belongs to."
+            )
+        if self.clustering:
+            self.clustering.load_state_dict(state["clustering"])
+        self.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.history = list(state["history"])
+
+
+def steps_per_epoch(data: ImageData, batch_size: int) -> int:
+    """Return the optimizer steps in one epoch; a last batch of one image is left out."""
+    full, rest = divmod(len(data.train_labels), batch_size)
+    return full + (rest > 1)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Return the share of the peak learning rate: a linear rise, then half a cosine to 0.
+
+    Args:
+        step: counted from 0.
+        steps: in the whole training.
+        warmup: share of the steps that the rise takes.
+    """
+    rise = int(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1))) / 2

@@ -1,0 +1,105 @@
+"""The HTML report of a run, and the tables of its rows, from saved results only."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .._errors import FileError
+from ._page import page
+from ._tables import comparison as comparison
+from ._tables import markdown as markdown
+from ._tables import text as text
+
+__all__ = ["comparison", "markdown", "text", "write_report"]
+
+_ROW = (
+    "method k seed float_accuracy accuracy drop hardening_gap bits_fixed bits_entropy bytes ratio "
+    "seconds"
+).split()
+_DETAILS = "command config environment data model float_bytes rows layers".split()
+_LAYER = (
+    "method k seed name shape weights stages usage distortion bits_entropy dead merged"
+).split()
+_EPOCH = "job method k seed epoch loss accuracy hardening_gap".split()
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run folder, from the results saved there.
+
+    Reads `rows.json`, `details.json` and, where it exists, `metrics.jsonl`. An earlier report
+    is replaced in one step: a reader sees the old page or the new one, never half of one.
+
+    Args:
+        run: the folder of a finished run.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileError: if a file is missing, is not JSON, lacks a key, or holds no results; if the
+            page cannot be written.
+        FewbitsError: if jinja2 is not installed.
+    """
+    rows = _load(run / "rows.json")
+    details = _load(run / "details.json")
+    metrics = _load_lines(run / "metrics.jsonl")
+    if not rows:
+        raise FileError(f"{run / 'rows.json'}: no rows. Let the run finish first.")
+    _require(rows, _ROW, run / "rows.json")
+    _require([details], _DETAILS, run / "details.json")
+    _require(details["layers"], _LAYER, run / "details.json")
+    _require(metrics, _EPOCH, run / "metrics.jsonl")
+    target = run / "report.html"
+    _replace(target, page(rows, details, metrics))
+    return target
+
+
+def _load(path: Path) -> Any:
+    """Read one JSON file, or say which file cannot be read and why."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}. Is this the folder of a run?") from error
+    except ValueError as error:
+        raise FileError(f"{path}: not JSON, {error}. Run again to write it anew.") from error
+
+
+def _load_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line; a file that does not exist holds none."""
+    if not path.exists():
+        return []
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise FileError(
+                f"{path}: line {number} is not JSON. Remove the line or run again."
+            ) from error
+    return found
+
+
+def _require(items: Iterable[Mapping[str, Any]], keys: Iterable[str], path: Path) -> None:
+    """Refuse items that lack one of `keys`, before any page is made from them."""
+    for item in items:
+        missing = sorted(set(keys) - set(item))
+        if missing:
+            raise FileError(f"{path}: lacks {missing[0]!r}. Run again with this version.")
+
+
+def _replace(path: Path, content: str) -> None:
+    """Write `content` beside `path` and rename it over `path`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(content, encoding="utf-8", newline="\n")
+        os.replace(beside, path)
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be written, {error.strerror}. Is the folder writable?"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)

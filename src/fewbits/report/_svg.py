@@ -1,0 +1,342 @@
+"""Small inline SVG drawings as strings: charts, weight histograms and usage bars.
+
+Colors come from the page's style sheet through classes, so that one drawing serves light and
+dark. Every function is pure, and escapes the names that it is given.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+# Chart and panel, in user units. Where a chart is shown at 0.6 of its size, as on a phone, the
+# style sheet enlarges its text, for which the margins leave room.
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 330, 74, 14, 58
+PANEL_WIDTH, PANEL_HEIGHT, PANEL_BASE = 190, 96, 72
+MOST_MARKS = 64  # beyond it neighbors share a mark: a panel is 190 units wide
+MOST_DOTS = 600  # beyond it a curve shows its line only, to keep the page light
+_COLORS = 8  # as many as the style sheet has
+_DASHES = ("none", "6 3", "2 3", "9 3 2 3", "12 4", "2 7")
+_SHAPES = (
+    "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
+    "m-4 -4h8v8h-8z",
+    "m0 -5.5l5.2 9h-10.4z",
+    "m0 -5.8l5.8 5.8l-5.8 5.8l-5.8 -5.8z",
+    "m0 5.5l5.2 -9h-10.4z",
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on a chart."""
+
+    x: float
+    y: float
+    label: str  # shown on hover
+    spread: float | None = None  # half the error bar, in the unit of y
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points in drawing order, joined by a line."""
+
+    name: str
+    points: tuple[Point, ...]
+    style: int | None = None  # color and shape; None is neutral
+    dash: int = 0
+    marked: bool = True  # with the series' shape on every point
+
+
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Choose round numbers for an axis.
+
+    Args:
+        low: the least value on the axis, finite.
+        high: the greatest; above `low`.
+        whole: only whole numbers.
+
+    Returns:
+        Three to seven multiples of 1, 2 or 5 times a power of ten within [low, high]; fewer
+        where `whole` leaves fewer.
+    """
+    raw = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    level: float | None = None,
+    whole_x: bool = False,
+) -> str:
+    """Draw series of points with axes, ticks, error bars and hover values.
+
+    Args:
+        series: what to draw; points that are not finite are left out.
+        title: what the chart shows, for a reader who cannot see it.
+        x_label: quantity and unit of x.
+        y_label: quantity and unit of y.
+        level: a dashed horizontal line at this y, called "float".
+        whole_x: ticks of x are whole numbers.
+
+    Returns:
+        An <svg> element; the empty string where no point can be drawn.
+    """
+    drawn = [(s, [p for p in s.points if _usable(p.x) and _usable(p.y)]) for s in series]
+    points = [p for _, kept in drawn for p in kept]
+    if not points:
+        return ""
+    x_low, x_high = _padded([p.x for p in points])
+    ends = [p.y + sign * _spread(p) for p in points for sign in (-1, 1)]
+    y_low, y_high = _padded([*ends, *([level] if level is not None else [])])
+    right = WIDTH - (50 if level is not None else 14)  # "float" stands beside its line
+    x = _scale(x_low, x_high, LEFT, right)
+    y = _scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
+    parts = _axes(ticks(x_low, x_high, whole=whole_x), ticks(y_low, y_high), x, y, right)
+    middle = _n((TOP + HEIGHT - BOTTOM) / 2)
+    parts.append(
+        f'<text class="label" x="{_n((LEFT + right) / 2)}" y="{HEIGHT - 6}" '
+        f'text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="label" transform="translate(16 {middle}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_label)}</text>'
+    )
+    if level is not None:
+        parts.append(
+            f'<path class="level" d="M{LEFT} {_n(y(level))}H{right}">'
+            f"<title>float: {level:.2f}</title></path>"
+            f'<text x="{right + 5}" y="{_n(y(level) + 4)}">float</text>'
+        )
+    dots = len(points) <= MOST_DOTS
+    parts += [_series(s, kept, x, y, dots=dots) for s, kept in drawn if kept]
+    return _svg("chart", WIDTH, HEIGHT, title, parts)
+
+
+def swatch(series: Series) -> str:
+    """Draw the line and shape of a series, for a legend beside its name.
+
+    Args:
+        series: as given to `chart`.
+
+    Returns:
+        An <svg> element that assistive software skips, as the name follows it.
+    """
+    mark = f'<path class="mark" d="M14 7{_shape(series)}"/>' if series.marked else ""
+    return (
+        f'<svg class="swatch {_style(series)}" viewBox="0 0 28 14" width="28" height="14" '
+        f'aria-hidden="true"><path class="line" d="M1 7H27" '
+        f'stroke-dasharray="{_DASHES[series.dash % len(_DASHES)]}"/>{mark}</svg>'
+    )
+
+
+def histogram(
+    counts: Sequence[int],
+    bounds: tuple[float, float],
+    *,
+    span: tuple[float, float],
+    representatives: Sequence[float],
+    title: str,
+) -> str:
+    """Draw where the weights of a layer lie, with the representatives marked below.
+
+    Args:
+        counts: weights in each bin of equal width.
+        bounds: lower edge of the first bin and upper edge of the last.
+        span: the values at the left and right edge of the drawing.
+        representatives: any number; more than `MOST_MARKS` share marks with their neighbors.
+        title: what the drawing shows, for a reader who cannot see it.
+
+    Returns:
+        An <svg> element; heights are relative to its tallest bin.
+    """
+    low, high = span if span[1] > span[0] else (span[0] - 0.5, span[0] + 0.5)
+    x = _scale(low, high, 4, PANEL_WIDTH - 4)
+    tallest = max([*counts, 1])
+    width = (bounds[1] - bounds[0]) / max(len(counts), 1)
+    steps = ""
+    for i, count in enumerate(counts):
+        if count:
+            left, right = x(bounds[0] + i * width), x(bounds[0] + (i + 1) * width)
+            # A bin of few weights, or a narrow one, still shows as a line.
+            height = max(count / tallest * (PANEL_BASE - 6), 1.0)
+            right = max(right, left + 1.2)
+            steps += f"M{_n(left)} {PANEL_BASE}v{_n(-height)}H{_n(right)}V{PANEL_BASE}z"
+    parts = [f'<path class="bins" d="{steps}"/>', *_marks(representatives, x)]
+    parts.append(f'<path class="axis" d="M0 {PANEL_BASE}H{PANEL_WIDTH}"/>')
+    edges = [(low, 4.0, "start"), (high, PANEL_WIDTH - 4.0, "end")]
+    if PANEL_WIDTH * 0.3 < x(0) < PANEL_WIDTH * 0.7:
+        edges.append((0.0, x(0), "middle"))
+    parts += [
+        f'<text x="{_n(at)}" y="{PANEL_HEIGHT - 2}" text-anchor="{anchor}">{value:.3g}</text>'
+        for value, at, anchor in edges
+    ]
+    return _svg("panel", PANEL_WIDTH, PANEL_HEIGHT, title, parts)
+
+
+def usage_bars(usage: Sequence[float], values: Sequence[float], *, title: str) -> str:
+    """Draw the share of weights on each representative, in the order of their values.
+
+    Args:
+        usage: shares that sum to 1; more than `MOST_MARKS` are added up with their neighbors.
+        values: the representatives, as many as shares, or none if they are not known.
+        title: what the drawing shows, for a reader who cannot see it.
+
+    Returns:
+        An <svg> element.
+    """
+    size = -(-len(usage) // MOST_MARKS) or 1
+    sums = [math.fsum(usage[i : i + size]) for i in range(0, len(usage), size)]
+    tallest = max([*sums, 0.0]) or 1.0
+    pitch = (PANEL_WIDTH - 8) / max(len(sums), 1)
+    parts: list[str] = []
+    for i, share in enumerate(sums):
+        height = share / tallest * (PANEL_BASE - 6)
+        group = values[i * size : (i + 1) * size] if len(values) == len(usage) else []
+        name = " to ".join(f"{v:.4g}" for v in dict.fromkeys([*group[:1], *group[-1:]]))
+        bar = min(pitch * 0.8, 40.0)
+        parts.append(
+            f'<rect class="bar" x="{_n(4 + (i + 0.5) * pitch - bar / 2)}" '
+            f'y="{_n(PANEL_BASE - height)}" width="{_n(bar)}" height="{_n(height)}">'
+            f"<title>{name or i + 1}: {share:.1%} of the weights</title></rect>"
+        )
+    parts.append(f'<path class="axis" d="M0 {PANEL_BASE}H{PANEL_WIDTH}"/>')
+    note = f"highest {max([*sums, 0.0]):.1%}" + (f", {size} a bar" if size > 1 else "")
+    parts.append(f'<text x="4" y="{PANEL_HEIGHT - 2}">{note}</text>')
+    return _svg("panel", PANEL_WIDTH, PANEL_HEIGHT, title, parts)
+
+
+def _svg(kind: str, width: int, height: int, title: str, parts: Iterable[str]) -> str:
+    """Wrap parts into an <svg> element with a name for assistive software."""
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def _axes(
+    x_ticks: list[float],
+    y_ticks: list[float],
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    right: int,
+) -> list[str]:
+    """Draw grid lines and tick labels."""
+    floor = HEIGHT - BOTTOM
+    parts = [f'<path class="axis" d="M{LEFT} {floor}H{right}"/>']
+    for value, name in zip(y_ticks, _names(y_ticks), strict=True):
+        parts.append(
+            f'<path class="grid" d="M{LEFT} {_n(y(value))}H{right}"/>'
+            f'<text x="{LEFT - 8}" y="{_n(y(value) + 4)}" text-anchor="end">{name}</text>'
+        )
+    for value, name in zip(x_ticks, _names(x_ticks), strict=True):
+        parts.append(
+            f'<path class="axis" d="M{_n(x(value))} {floor}v5"/>'
+            f'<text x="{_n(x(value))}" y="{floor + 21}" text-anchor="middle">{name}</text>'
+        )
+    return parts
+
+
+def _series(
+    series: Series,
+    points: list[Point],
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    *,
+    dots: bool,
+) -> str:
+    """Draw one series: error bars, line, and a mark with a hover value on each point."""
+    parts: list[str] = []
+    for p in points:
+        if _spread(p):
+            top, bottom = y(p.y + _spread(p)), y(p.y - _spread(p))
+            parts.append(
+                f'<path class="error" d="M{_n(x(p.x) - 4)} {_n(top)}h8m-4 0V{_n(bottom)}m-4 0h8"/>'
+            )
+    places = " ".join(f"{_n(x(p.x))},{_n(y(p.y))}" for p in points)
+    parts.append(
+        f'<polyline class="line" points="{places}" '
+        f'stroke-dasharray="{_DASHES[series.dash % len(_DASHES)]}">'
+        f"<title>{escape(series.name)}</title></polyline>"
+    )
+    shape = _shape(series) if series.marked else "m-2 0a2 2 0 1 0 4 0a2 2 0 1 0 -4 0z"
+    kind = "mark" if series.marked else "dot"
+    for p in points if dots or series.marked else points[-1:]:
+        parts.append(
+            f'<path class="{kind}" d="M{_n(x(p.x))} {_n(y(p.y))}{shape}">'
+            f"<title>{escape(p.label)}</title></path>"
+        )
+    return f'<g class="{_style(series)}">{"".join(parts)}</g>'
+
+
+def _marks(representatives: Sequence[float], x: Callable[[float], float]) -> list[str]:
+    """Draw a triangle for each of few representatives, a tick for each cell of many."""
+    cells: dict[float, list[float]] = {}
+    kept = [value for value in representatives if _usable(value)]
+    for value in kept:
+        place = x(value)
+        if len(kept) > MOST_MARKS:
+            pitch = PANEL_WIDTH / MOST_MARKS
+            place = (math.floor(place / pitch) + 0.5) * pitch
+        cells.setdefault(place, []).append(value)
+    shape = "v7" if len(kept) > 16 else "l3.5 7h-7z"
+    parts: list[str] = []
+    for place, values in cells.items():
+        name = f"{values[0]:.4g}"
+        if len(values) > 1:
+            name = f"{len(values)} representatives from {min(values):.4g} to {max(values):.4g}"
+        parts.append(
+            f'<path class="representative" d="M{_n(place)} {PANEL_BASE + 1}{shape}">'
+            f"<title>{name}</title></path>"
+        )
+    return parts
+
+
+def _usable(value: float | None) -> bool:
+    """Tell whether a value has a place on an axis; a diverged loss of 1e30 or NaN has none."""
+    return value is not None and abs(value) < 1e15
+
+
+def _spread(point: Point) -> float:
+    """Half the error bar, 0 where there is none."""
+    return point.spread if point.spread is not None and _usable(point.spread) else 0.0
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Find the ends of an axis: a little beyond the values, and never equal."""
+    low, high = min(values), max(values)
+    # A tiny difference is not blown up to fill the axis: 98.60 and 98.61 are nearly one place.
+    room = max((high - low) * 0.05, max(abs(low), abs(high)) * 0.002)
+    room = room if high > low else max(abs(high) * 0.05, 0.5)
+    return low - room, high + room
+
+
+def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    """Make the map of [low, high] onto [start, stop] in user units."""
+    return lambda value: start + (value - low) / (high - low) * (stop - start)
+
+
+def _names(values: Sequence[float]) -> list[str]:
+    """Print tick values with the decimals that their step needs."""
+    step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=1.0)
+    return [f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}" for value in values]
+
+
+def _n(value: float) -> str:
+    """Print a coordinate to a tenth of a unit."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _style(series: Series) -> str:
+    """Name the color class of a series."""
+    return "neutral" if series.style is None else f"s{series.style % _COLORS}"
+
+
+def _shape(series: Series) -> str:
+    """Choose the mark of a series, so that color is not all that tells two apart."""
+    return _SHAPES[(series.style or 0) % len(_SHAPES)]

@@ -1,0 +1,259 @@
+"""Values and gradients of every regularizer against float64 autograd of the formula as written."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import brute
+from torch import nn
+
+import fewbits
+from fewbits.regularizers import Nearest, Periodic, RateAware, Regularizer, SoftMin
+
+EXACT = fewbits.Penalty(1.0, codebook_gradient="sum")
+
+
+class Holder(nn.Module):
+    """One weight of the shape wanted, as a Linear layer."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.layer = nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+        self.layer.weight.data.copy_(weight)
+
+
+def attach(weight, codebook, regularizer, **settings):
+    """Clustering of one float64 weight whose codebook is set to the one given."""
+    holder = Holder(weight)
+    plan = fewbits.plan(
+        holder, k=codebook.shape[1], granularity="channel" if len(codebook) > 1 else "layer"
+    )
+    settings = {"pull": EXACT, "snapped_forward": False} | settings
+    clustering = fewbits.Clustering(holder, plan=plan, regularizer=regularizer, **settings)
+    with torch.no_grad():
+        holder.layer.weight_codebook.copy_(codebook.view_as(holder.layer.weight_codebook))
+    return holder.layer, clustering
+
+
+def gradients(layer, clustering):
+    value = clustering.loss()
+    value.backward()
+    return value.detach(), layer.weight.grad, layer.weight_codebook.grad
+
+
+@st.composite
+def distinct_pairs(draw):
+    """float64 (G, n) weights, some equal, and (G, K) codebooks without equal values."""
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    groups, k = draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    members = draw(st.integers(k, 30))
+    scale = draw(st.sampled_from([1e-4, 1.0, 50.0]))
+    weight = torch.randn(groups, members).double() * scale
+    weight[:, : draw(st.integers(0, members))] = weight[:, :1]
+    return weight, (torch.randn(groups, k).double() * scale).sort(1).values
+
+
+@settings(max_examples=80)
+@given(distinct_pairs(), st.sampled_from([1, 2]))
+def test_nearest_equals_autograd_of_the_brute_force_formula(pair, p):
+    weight, codebook = pair
+    free_weight, free_codebook = weight.clone().requires_grad_(), codebook.clone().requires_grad_()
+    expected = brute.nearest_penalty(free_weight, free_codebook, p)
+    expected.backward()
+    value, to_weight, to_codebook = gradients(*attach(weight, codebook, Nearest(p)))
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-10, atol=1e-12)
+    size = float(free_weight.grad.abs().max())
+    torch.testing.assert_close(to_weight, free_weight.grad, rtol=1e-9, atol=1e-9 * size)
+    torch.testing.assert_close(
+        to_codebook.view_as(codebook), free_codebook.grad, rtol=1e-9, atol=1e-9 * size
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
+def test_soft_min_equals_autograd_of_the_formula(temperature):
+    weight, codebook = torch.randn(6, 10).double(), torch.randn(1, 5).double().sort(1).values
+    layer, clustering = attach(weight, codebook, SoftMin(temperature))
+    logits = torch.randn(5).double()
+    layer.weight_mixing.data.copy_(logits)
+    free = [weight.view(1, -1).clone(), codebook.clone(), logits[None].clone()]
+    w, c, m = (t.requires_grad_() for t in free)
+    expected = brute.soft_min(w, c, m.softmax(1), temperature)
+    expected.backward()
+    value, to_weight, to_codebook = gradients(layer, clustering)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(to_weight, w.grad.view(6, 10))
+    torch.testing.assert_close(to_codebook, c.grad[0])
+    torch.testing.assert_close(layer.weight_mixing.grad, m.grad[0])
+
+
+def test_soft_min_becomes_nearest_as_the_temperature_goes_to_zero():
+    weight, codebook = torch.randn(6, 10).double(), torch.randn(1, 5).double().sort(1).values
+    soft = attach(weight, codebook, SoftMin(1e-6))[1].loss()
+    hard = attach(weight, codebook, Nearest())[1].loss()
+    # -t log(1/K) of equal mixing weights is what remains: 1e-6 x log 5
+    torch.testing.assert_close(soft, hard, rtol=0, atol=2e-6)
+
+
+def test_periodic_equals_autograd_of_the_sine_inside_its_grid():
+    weight = torch.empty(6, 10).double().uniform_(-1, 1)
+    codebook = torch.linspace(-1, 1, 6)[None].double()
+    w = weight.clone().requires_grad_()
+    ends = torch.tensor([-1.0, 1.0]).double().requires_grad_()
+    std = weight.std(correction=0)
+    expected = brute.periodic(w / std, ends[0] / std, (ends[1] - ends[0]) / 5 / std)
+    expected.backward()
+    value, to_weight, to_codebook = gradients(*attach(weight, codebook, Periodic()))
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(to_weight, w.grad)
+    torch.testing.assert_close(to_codebook[[0, -1]], ends.grad)
+    assert not to_codebook[1:-1].any()
+
+
+def test_periodic_keeps_the_codebook_an_even_grid():
+    layer, clustering = attach(
+        torch.randn(8, 8), torch.tensor([[-1.0, -0.2, 0.1, 2.0]]), Periodic()
+    )
+    clustering.loss()
+    clustering.step()
+    steps = layer.weight_codebook.detach().diff()
+    torch.testing.assert_close(steps, steps[:1].expand(3))
+
+
+def test_a_rate_of_zero_is_nearest():
+    weight, codebook = torch.randn(6, 10).double(), torch.randn(1, 5).double().sort(1).values
+    plain = gradients(*attach(weight, codebook, Nearest()))
+    aware = gradients(*attach(weight, codebook, RateAware(rate=0.0)))
+    torch.testing.assert_close(aware, plain, rtol=0, atol=0)
+
+
+def test_a_higher_rate_needs_fewer_bits():
+    entropies = []
+    for rate in (0.0, 0.05, 0.2):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64)
+        nn.init.normal_(model.weight)  # equal usage, as of even weights, is a fixed point
+        clustering = fewbits.Clustering(model, k=16, regularizer=RateAware(rate))
+        optimizer = torch.optim.SGD(clustering.param_groups(lr=1.0))
+        for _ in range(60):
+            clustering.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            clustering.step()
+        clustering.harden()
+        entropies.append(fewbits.summary(model).bits_entropy)
+    assert entropies[0] > entropies[1] > entropies[2], entropies
+
+
+def test_a_pinned_zero_stays_zero_and_becomes_sparsity():
+    model = nn.Linear(32, 32)
+    clustering = fewbits.Clustering(model, k=4, regularizer=RateAware(0.1, pin_zero=True))
+    optimizer = torch.optim.SGD(clustering.param_groups(lr=0.5))
+    for _ in range(30):
+        loss = model(torch.randn(16, 32)).square().mean() + clustering.loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clustering.step()
+        assert (model.weight_codebook == 0).sum() == 1
+    clustering.harden()
+    assert (model.weight == 0).sum() > 100
+
+
+@pytest.mark.parametrize(
+    "regularizer", [Nearest(1), Nearest(2), SoftMin(0.3), Periodic(), RateAware(0.1)]
+)
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_gradcheck_passes(regularizer, granularity):
+    layer = nn.Linear(7, 4, bias=False).double()
+    plan = fewbits.plan(layer, k=3, granularity=granularity)
+    clustering = fewbits.Clustering(
+        layer, plan=plan, regularizer=regularizer, pull=EXACT, snapped_forward=False
+    )
+    usage = clustering._layers[0].usage.clone()
+
+    # The divisor and the running usage are constants of the formula: hold them as numbers.
+    std = clustering._layers[0].std()
+    clustering._layers[0].std = lambda: std
+
+    def penalty(weight, codebook):
+        clustering._layers[0].usage = usage
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.weight_codebook.copy_(codebook)
+        return _Route.apply(clustering, layer, weight, codebook)
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    codebook = layer.weight_codebook.detach().clone().requires_grad_()
+    codebook.data += 0.003  # off the weights: |w - c| has no derivative at 0
+    if isinstance(regularizer, Periodic):
+        weight.data.clamp_(codebook.min() * 0.9, codebook.max() * 0.9)
+    assert torch.autograd.gradcheck(penalty, (weight, codebook))
+
+
+class _Route(torch.autograd.Function):
+    """Leads gradcheck's inputs to the layer's own parameters and their gradients back."""
+
+    @staticmethod
+    def forward(ctx, clustering, layer, weight, codebook):
+        with torch.enable_grad():
+            value = clustering.loss()
+            parameters = (layer.weight, layer.weight_codebook)
+            ctx.gradients = torch.autograd.grad(value, parameters)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, *(g * gradient for g in ctx.gradients)
+
+
+@pytest.mark.parametrize(("p", "settled"), [(2, "mean"), (1, "median")])
+def test_a_representative_settles_at_its_clusters_mean_or_median(p, settled):
+    weight = torch.tensor([[0.0, 1.0, 5.0]]).double()
+    layer, clustering = attach(weight, torch.tensor([[1.5]]).double(), Nearest(p))
+    for step in range(4000):
+        clustering.loss().backward()
+        layer.weight_codebook.data -= 0.5 / (1 + step / 20) * layer.weight_codebook.grad
+        layer.weight_codebook.grad = None
+    target = weight.mean() if settled == "mean" else weight.median()
+    torch.testing.assert_close(layer.weight_codebook[0].detach(), target, rtol=0, atol=0.02)
+
+
+def test_the_penalty_is_that_of_a_worked_example():
+    # weights 0, 2, 10 on representatives 1, 10: distances 1, 1, 0; variance of (0, 2, 10) = 56/3
+    weight = torch.tensor([[0.0, 2.0, 10.0]]).double()
+    value = attach(weight, torch.tensor([[1.0, 10.0]]).double(), Nearest(2))[1].loss()
+    assert float(value.detach()) == pytest.approx((2 / 3) / (56 / 3), rel=1e-12)
+
+
+class Huber(Regularizer):
+    """A user's own: one class, one method."""
+
+    def penalty(self, weight, nearest, layer):
+        return nn.functional.huber_loss(weight, nearest, reduction="none", delta=0.1)
+
+
+def test_a_regularizer_of_the_users_own_trains_and_pulls():
+    for pull in (fewbits.Penalty(10.0), fewbits.Proximal(0.5)):
+        model = nn.Linear(16, 16)
+        clustering = fewbits.Clustering(
+            model, bits=1, regularizer=Huber(), pull=pull, snapped_forward=False
+        )
+        optimizer = torch.optim.SGD(clustering.param_groups(lr=0.5))
+        before = clustering.gap().distortion
+        for _ in range(50):
+            clustering.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            clustering.step()
+        assert clustering.gap().distortion < before / 4
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Nearest(p=3), lambda: SoftMin(0.0), lambda: RateAware(-1.0),
+    lambda: RateAware(math.nan), lambda: SoftMin(fewbits.schedules.linear(1, 0, steps=5)),
+])  # fmt: skip
+def test_impossible_numbers_are_refused(make):
+    with pytest.raises(fewbits.PlanError, match=r"0|1 or 2"):
+        make()
