@@ -19,7 +19,9 @@ from fewbits._kernels import assign
 
 
 def error(weight, codebook):
-    return float((weight.double() - snap_to_nearest(weight.double(), codebook.double())).square().sum())
+    return float(
+        (weight.double() - snap_to_nearest(weight.double(), codebook.double())).square().sum()
+    )
 
 
 @settings(max_examples=60)
@@ -59,7 +61,9 @@ def test_quantiles_hold_equal_mass_and_uniform_is_even():
     weight = torch.randn(1, 10_000)
     quantile = initial_codebook(weight, 4, "quantile")
     below = torch.stack([(weight < c).double().mean() for c in quantile[0]])
-    torch.testing.assert_close(below, torch.tensor([0.125, 0.375, 0.625, 0.875]).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        below, torch.tensor([0.125, 0.375, 0.625, 0.875]).double(), rtol=0, atol=1e-3
+    )
     steps = initial_codebook(weight, 5, "uniform").diff(dim=1)
     torch.testing.assert_close(steps, steps[:, :1].expand_as(steps))
 

@@ -119,8 +119,7 @@ class Attached:
         extra = self.own_parameters()[1:]
         names = [suffix.removeprefix("_") for suffix in list(self.parameters)[1:]]
         own = {
-            n: p.detach().view_as(order).gather(1, order)
-            for n, p in zip(names, extra, strict=True)
+            n: p.detach().view_as(order).gather(1, order) for n, p in zip(names, extra, strict=True)
         }
         return Pieces(weight, codebook, self.std(), self.usage, own, step)
 

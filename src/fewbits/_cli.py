@@ -57,6 +57,7 @@ _RUN_OPTIONS = [
     click.option("--weight-decay", type=float, help="Weight decay."),
     click.option("--strength", type=float, help="Multiplies each method's default strength."),
     click.option("--train-images", type=int, help="Use only so many training images."),
+    click.option("--image-size", type=int, help="Bring the images of a folder to this size."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/DATA-MODEL-TIME if not given."),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
@@ -120,7 +121,9 @@ def _compare(settings: dict[str, Any], options: dict[str, Any]) -> None:
         given["k"] = tuple(2**bits for bits in options["bits"])
     if resume:
         if given or options["config"] or out or options["overwrite"]:
-            raise PlanError("--resume goes on with the run's own config. Leave the other settings out.")
+            raise PlanError(
+                "--resume goes on with the run's own config. Leave the other settings out."
+            )
         folder, config = resume, Config(**read_toml(resume / "config.toml"))
     else:
         read = read_toml(options["config"]) if options["config"] else {}
@@ -142,7 +145,11 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
 
     device = pick_device(options["device"])
     progress = Bars(quiet=options["quiet"])
-    data = load(config.data, progress=None if options["quiet"] else each)
+    data = load(
+        config.data,
+        image_size=config.image_size,
+        progress=None if options["quiet"] else each,
+    )
     if not options["resume"]:
         _folder.prepare(folder, overwrite=options["overwrite"])
         _folder.write_atomically(folder / "config.toml", config.to_toml().encode())

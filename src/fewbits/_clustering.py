@@ -272,7 +272,8 @@ class Clustering:
         ours, theirs = self.plan.fingerprint(), [list(row) for row in state["plan"]]
         if ours != theirs:
             raise PlanError(
-                "the checkpoint is from another plan: " + _difference(theirs, ours)
+                "the checkpoint is from another plan: "
+                + _difference(theirs, ours)
                 + " Attach with the plan it was made with."
             )
         self.steps = int(state["steps"])
@@ -353,7 +354,10 @@ class Clustering:
             layer.write_codebook(fresh, order)
             log.info(
                 "%s: revived %d of %d dead representatives at step %d",
-                layer.name, revived, int(dead.sum()), self.steps,
+                layer.name,
+                revived,
+                int(dead.sum()),
+                self.steps,
             )
 
     def _update_costs(self) -> None:
@@ -381,7 +385,9 @@ class Clustering:
 def _the_plan(model: nn.Module, bits: int | None, k: int | None, plan: Plan | None) -> Plan:
     given = [n for n, v in (("bits", bits), ("k", k), ("plan", plan)) if v is not None]
     if len(given) != 1:
-        raise PlanError(f"give exactly one of bits, k and plan; given: {', '.join(given) or 'none'}.")
+        raise PlanError(
+            f"give exactly one of bits, k and plan; given: {', '.join(given) or 'none'}."
+        )
     if plan is None:
         plan = make_plan(model, bits=bits, k=k)
         for note in plan.notes:

@@ -80,7 +80,9 @@ def finetune_codebooks(
     """
     shared = _shared_weights(model, plan)
     values = {id(s.weight) for s in shared.values()}
-    free = [p for p in model.parameters() if p.requires_grad and id(p) not in values and p.dim() < 2]
+    free = [
+        p for p in model.parameters() if p.requires_grad and id(p) not in values and p.dim() < 2
+    ]
     groups: list[dict[str, Any]] = [
         {"params": [s.codebook], "lr": lr * s.std} for s in shared.values()
     ]

@@ -68,7 +68,10 @@ class PenaltyFunction(torch.autograd.Function):
         result: list[Tensor | None] = []
         owed = []
         for hook, layer, strength, grads in ctx.terms.rows:
-            weight, own = tensors[len(result)], tensors[len(result) + 1 : len(result) + 1 + len(grads)]
+            weight, own = (
+                tensors[len(result)],
+                tensors[len(result) + 1 : len(result) + 1 + len(grads)],
+            )
             to_weight = None
             if layer is not None and weight.requires_grad:
                 factor = gradient.to(weight.device) * strength
@@ -81,7 +84,9 @@ class PenaltyFunction(torch.autograd.Function):
                     add_weight_gradient(hook.regularizer, layer, factor, view)
                     hook.attached.write_view(to_weight, view)
             result.append(to_weight)
-            result += [(g * gradient.to(g.device)).to(p.dtype) for g, p in zip(grads, own, strict=True)]
+            result += [
+                (g * gradient.to(g.device)).to(p.dtype) for g, p in zip(grads, own, strict=True)
+            ]
         if owed:
             engine = torch.autograd.Variable._execution_engine  # pyright: ignore
             engine.queue_callback(lambda: [hook.flush() for hook in owed])
@@ -127,8 +132,10 @@ class Terms:
             attached.note_usage(counts, momentum)
             gradients["codebook"] = reduce_codebook_gradient(gradients["codebook"], counts, how)
             _, order = attached.rows()
-            grads = [strength * _in_own_order(gradients[name], order, parameter)
-                     for name, parameter in zip(gradients, own, strict=True)]
+            grads = [
+                strength * _in_own_order(gradients[name], order, parameter)
+                for name, parameter in zip(gradients, own, strict=True)
+            ]
             self.rows.append((hook, layer, strength, grads))
             self.values.append((attached.name, strength * value))
 

@@ -104,7 +104,9 @@ class Plan:
             grain = w.granularity if w.groups == 1 else f"{w.granularity} ({w.groups} codebooks)"
             rows.append((name, shape, str(w.k), f"{w.bits:.3g}", grain))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(c.ljust(n) for c, n in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines = [
+            "  ".join(c.ljust(n) for c, n in zip(r, widths, strict=True)).rstrip() for r in rows
+        ]
         lines += [f"left alone: {s.name}: {s.reason}" for s in self.skipped]
         lines += [f"note: {note}" for note in self.notes]
         total = sum(w.weights for w in self.selected)
@@ -217,7 +219,9 @@ def plan(
         reason = reason or why
         if reason:
             if pattern == owner.rpartition(".")[0]:
-                raise PlanError(f"{pattern!r} asks for {owner}, which cannot be clustered: {reason}.")
+                raise PlanError(
+                    f"{pattern!r} asks for {owner}, which cannot be clustered: {reason}."
+                )
             skipped.append(SkippedWeight(name, shape, reason))
             continue
         count = settings["k"]
@@ -353,7 +357,9 @@ def _settings(
     last = None
     layers = [name.rpartition(".")[0] for name in aliases]
     for pattern, rule in rules.items():
-        if not any(_matches(pattern, layer, modules[layer]) for layer in layers if layer in modules):
+        if not any(
+            _matches(pattern, layer, modules[layer]) for layer in layers if layer in modules
+        ):
             continue
         last = pattern
         if rule is None:

@@ -28,9 +28,7 @@ def _check(strength: Strength, codebook_gradient: str) -> None:
         if not all(math.isfinite(v) and v >= 0 for v in (schedule.begin, schedule.end)):
             raise PlanError(f"strength is {value!r}. Give a finite number, 0 or more.")
     if codebook_gradient not in ("mean", "sqrt", "sum"):
-        raise PlanError(
-            f"codebook_gradient is {codebook_gradient!r}. Use 'mean', 'sqrt' or 'sum'."
-        )
+        raise PlanError(f"codebook_gradient is {codebook_gradient!r}. Use 'mean', 'sqrt' or 'sum'.")
 
 
 @dataclass(frozen=True)
@@ -149,9 +147,7 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
     for rows, _, part, indices in layer.walk(regularizer):
         with torch.enable_grad():
             leaves = {name: v.detach().requires_grad_() for name, v in free.items()}
-            state = layer.layer(
-                rows, leaves["codebook"], {n: leaves[n] for n in layer.parameters}
-            )
+            state = layer.layer(rows, leaves["codebook"], {n: leaves[n] for n in layer.parameters})
             nearest = gather(leaves["codebook"], indices, rows.start)
             total = regularizer.penalty(part, nearest, state).sum(dtype=torch.float64)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)

@@ -34,9 +34,7 @@ class Switch:
 
 # Custom operators, so that torch.compile sees one opaque call and never unrolls the pieces.
 @torch.library.custom_op("fewbits::snap", mutates_args=())
-def _snap(
-    weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str
-) -> Tensor:
+def _snap(weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str) -> Tensor:
     groups = codebook.shape[0]
     ordered = codebook.sort(dim=1).values
     snapped = snap(grouped(weight, groups, axis), ordered, boundaries_of(ordered, cost))

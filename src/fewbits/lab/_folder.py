@@ -33,7 +33,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise FileError(f"{path}: cannot be written ({error.strerror}). Free space or choose another folder.") from error
+        raise FileError(
+            f"{path}: cannot be written ({error.strerror}). Free space or choose another folder."
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -106,7 +108,9 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise FileError(f"{path}: the model cannot be read ({error}). Delete it to restart.") from error
+        raise FileError(
+            f"{path}: the model cannot be read ({error}). Delete it to restart."
+        ) from error
 
 
 def prepare(folder: Path, *, overwrite: bool) -> None:
@@ -135,4 +139,6 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{folder}: cannot be made ({error.strerror}). Choose another --out.") from error
+        raise FileError(
+            f"{folder}: cannot be made ({error.strerror}). Choose another --out."
+        ) from error

@@ -37,7 +37,9 @@ def histograms(model: nn.Module, plan: Plan) -> dict[str, Stage]:
             low, high = low - 0.5, high + 0.5
         counts = torch.histc(weight, BINS, low, high)
         codebook = parameters.get(planned.name + CODEBOOK_SUFFIX)
-        values = torch.unique(weight) if codebook is None else codebook.detach().flatten().sort().values
+        values = (
+            torch.unique(weight) if codebook is None else codebook.detach().flatten().sort().values
+        )
         few = len(values) <= MOST_VALUES
         result[planned.name] = {
             "low": low,

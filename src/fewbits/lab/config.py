@@ -31,6 +31,7 @@ class Config:
         weight_decay: of the weights.
         strength: multiplies each method's own default strength.
         train_images: use only so many training images; 0 means all.
+        image_size: bring the images of a folder to this size; 0 takes them as they are.
     """
 
     data: str = "digits"
@@ -47,6 +48,7 @@ class Config:
     weight_decay: float = 5e-4
     strength: float = 1.0
     train_images: int = 0
+    image_size: int = 0
 
     def __post_init__(self):
         """Refuse values that cannot work, by name."""
@@ -62,7 +64,13 @@ class Config:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise PlanError(f"{name} is {list(values)}. Give at least one, each once.")
-        for name, least in (("epochs", 1), ("finetune_epochs", 0), ("batch_size", 2), ("train_images", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("finetune_epochs", 0),
+            ("batch_size", 2),
+            ("train_images", 0),
+            ("image_size", 0),
+        ):
             if getattr(self, name) < least:
                 raise PlanError(f"{name} is {getattr(self, name)}. Give {least} or more.")
         for name in ("lr", "finetune_lr", "width"):

@@ -76,7 +76,9 @@ METHODS: dict[str, Method] = {
         post_training="kmeans",
         finetune=True,
     ),
-    "penalty-scratch": Method("penalty, from random weights", attach=_penalty_scratch, scratch=True),
+    "penalty-scratch": Method(
+        "penalty, from random weights", attach=_penalty_scratch, scratch=True
+    ),
     "penalty": Method("penalty, from the float network", attach=_penalty),
     "penalty-snapped": Method("penalty with snapped forward", attach=_penalty_snapped),
     "proximal": Method("proximal, from the float network", attach=_proximal),

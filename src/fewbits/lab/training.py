@@ -32,10 +32,9 @@ def training_batches(
         data.train_images,
         data.train_labels,
         size,
+        normalization=data.normalization(),
         generator=generator,
         augment=augment,
-        mean=data.mean,
-        std=data.std,
     )
 
 
@@ -46,7 +45,10 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
     model.eval()
     right = 0
     for images, labels in batches(
-        data.test_images, data.test_labels, EVALUATION_BATCH, mean=data.mean, std=data.std
+        data.test_images,
+        data.test_labels,
+        EVALUATION_BATCH,
+        normalization=data.normalization(),
     ):
         right += int((model(images).argmax(1) == labels).sum())
     model.train(training)

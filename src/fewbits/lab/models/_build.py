@@ -1,0 +1,103 @@
+"""From a name to a network."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+
+from torch import nn
+
+from ..._errors import FewbitsError, PlanError, did_you_mean
+from ._networks import alexnet, convnet, vgg16
+
+_OURS: dict[str, Callable[..., nn.Module]] = {
+    "convnet": convnet,
+    "alexnet": alexnet,
+    "vgg16": vgg16,
+}
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build(name: str, *, classes: int, shape: tuple[int, int, int], width: float = 1.0) -> nn.Module:
+    """Return a freshly initialized network.
+
+    Args:
+        name: "convnet", "alexnet", "vgg16", "torchvision:NAME", "timm:NAME", or
+            "package.module:factory" for a function or class of the user's own, called with
+            `num_classes=` if it takes that, else with nothing.
+        classes: number of outputs.
+        shape: channels, height and width of an image.
+        width: multiplies the channel counts of our own networks.
+
+    Returns:
+        The network, on the CPU.
+
+    Raises:
+        PlanError: if there is no such network, or it cannot take such images.
+        FewbitsError: if the package it is in is not installed.
+    """
+    if name in _OURS:
+        return _OURS[name](classes=classes, shape=shape, width=width)
+    if width != 1.0:
+        raise PlanError(f"width is {width}: only {', '.join(_OURS)} have one. Leave it out.")
+    source, colon, rest = name.partition(":")
+    if not colon or not rest:
+        raise PlanError(
+            f"there is no model {name!r}.{did_you_mean(name, _OURS)} Give one of"
+            f" {', '.join(_OURS)}, torchvision:NAME, timm:NAME or package.module:factory."
+        )
+    if source == "torchvision":
+        return _torchvision(rest, classes)
+    if source == "timm":
+        return _timm(rest, classes, shape[0])
+    return _users_own(source, rest, classes)
+
+
+def _torchvision(name: str, classes: int) -> nn.Module:
+    try:
+        from torchvision import models  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise FewbitsError("torchvision models need: pip install 'fewbits[vision]'") from error
+    known = models.list_models(module=models)
+    if name not in known:
+        raise PlanError(f"torchvision has no model {name!r}.{did_you_mean(name, known)}")
+    return models.get_model(name, weights=None, num_classes=classes)
+
+
+def _timm(name: str, classes: int, channels: int) -> nn.Module:
+    try:
+        import timm  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise FewbitsError("timm models need: pip install 'fewbits[timm]'") from error
+    if not timm.is_model(name):
+        raise PlanError(f"timm has no model {name!r}.{did_you_mean(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+
+
+def _users_own(module_name: str, attribute: str, classes: int) -> nn.Module:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's file lies here
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PlanError(
+            f"model {module_name}:{attribute}: {error}. Run from the folder that has the module."
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise PlanError(
+            f"model {module_name}:{attribute}: {module_name} has no such function or class."
+            f"{did_you_mean(attribute, vars(module))}"
+        )
+    takes = inspect.signature(factory).parameters
+    any_keyword = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    model = factory(num_classes=classes) if "num_classes" in takes or any_keyword else factory()
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise PlanError(f"model {module_name}:{attribute}: returned {kind}, not a torch module.")
+    return model
