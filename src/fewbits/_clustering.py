@@ -126,10 +126,10 @@ class Clustering:
             PlanError: after `harden()`, or if a weight was replaced by another parameter.
         """
         self._check_active("loss")
-        how = self.pull.codebook_gradient if isinstance(self.pull, Penalty) else None
+        pull = self.pull if isinstance(self.pull, Penalty) else None
         device = self._layers[0].weight.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            terms = Terms(self._hooks, self.steps, how, USAGE_MOMENTUM)
+            terms = Terms(self._hooks, self.steps, pull, USAGE_MOMENTUM)
         self._last = terms.values
         tensors = [t for layer in self._layers for t in (layer.weight, *layer.own_parameters())]
         return PenaltyFunction.apply(self._hooks, terms, *tensors)

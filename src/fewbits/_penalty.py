@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ._attach import Attached
 from ._pull import (
-    CodebookGradient,
+    Penalty,
     Pieces,
     add_weight_gradient,
     evaluate,
@@ -115,22 +115,26 @@ class Terms:
         self,
         hooks: Sequence[WeightHook],
         step: int,
-        how: CodebookGradient | None,
+        pull: Penalty | None,
         momentum: float,
     ):
-        self.rows: list[tuple[WeightHook, Pieces | None, float, list[Tensor]]] = []
+        self.rows: list[tuple[WeightHook, Pieces | None, float | Tensor, list[Tensor]]] = []
         self.values: list[tuple[str, Tensor]] = []
         for hook in hooks:
             attached = hook.attached
             own = attached.own_parameters()
-            strength = attached.strength(step) if how else 0.0
-            if not strength or how is None:
+            strength: float | Tensor = attached.strength(step)
+            if pull is None or not strength:
                 self.rows.append((hook, None, 0.0, [torch.zeros_like(p) for p in own]))
                 continue
             layer = attached.pieces(step)
             value, counts, gradients = evaluate(hook.regularizer, layer)
             attached.note_usage(counts, momentum)
-            gradients["codebook"] = reduce_codebook_gradient(gradients["codebook"], counts, how)
+            gradients["codebook"] = reduce_codebook_gradient(
+                gradients["codebook"], counts, pull.codebook_gradient
+            )
+            if pull.even_rate:
+                strength = strength * layer.weight.numel() * layer.std.square()
             _, order = attached.rows()
             grads = [
                 strength * _in_own_order(gradients[name], order, parameter)

@@ -41,10 +41,15 @@ class Penalty:
         codebook_gradient: what a representative gets from its members' gradients: their "mean",
             so that it moves as its members would; their "sum", the exact gradient; or the sum
             over the square root of their number, "sqrt".
+        even_rate: multiply each layer's R by the sum of its squared deviations, N s². Then under
+            SGD the weights of every layer move at one rate: with nearest-2, 2 x learning rate x
+            strength of the way to their representative a step. Without it R is a mean, as in
+            the paper's form, and a weight of a large layer hardly feels it.
     """
 
     strength: Strength = 1.0
     codebook_gradient: CodebookGradient = "mean"
+    even_rate: bool = False
 
     def __post_init__(self):
         """Refuse negative strengths and unknown words."""
