@@ -23,7 +23,7 @@ from ._folder import load_state, read_json, save_state, write_atomically, write_
 from ._layers import Stage, describe, histograms
 from .config import Config
 from .data import ImageData, default_augment
-from .methods import METHODS, Method
+from .methods import METHODS, Method, Recipe
 from .models import build, parameter_count
 from .progress import Progress
 from .training import Job, accuracy, reestimate, steps_per_epoch, training_batches
@@ -85,8 +85,8 @@ class Comparison:
         Returns:
             One row per method, k and seed, with the keys of `ROW_KEYS`.
         """
-        for k in self.config.k:  # a k or model that cannot be is refused before any training
-            make_plan(self._fresh(self.config.seeds[0]), k=k)
+        for k in self.config.k:  # a rule or model that cannot be is refused before any training
+            self._plan(self._fresh(self.config.seeds[0]), k)
         results: list[dict[str, Any]] = []
         for seed in self.config.seeds:
             for method in self.config.methods:
@@ -133,14 +133,14 @@ class Comparison:
         model = self._fresh(seed)
         if method.start != "scratch":
             model.load_state_dict(self._float(seed, continued=method.start == "continued")["state"])
-        plan = make_plan(model, k=k)
+        plan = self._plan(model, k)
         start = {n: t.detach().clone() for n, t in model.state_dict().items()}
         outcome = _Outcome(model, plan, start, {"before": histograms(model, plan)})
         began = time.monotonic()
         if method.attach is not None:
-            self._train_clustered(method, name, k, seed, outcome)
+            self._train_clustered(method, name, seed, outcome)
         elif method.post_training is not None:
-            quantize(model, k=k, method=method.post_training)
+            quantize(model, plan=plan, method=method.post_training)
             if method.finetune:
                 self._finetune(outcome, seed)
             outcome.seconds = time.monotonic() - began
@@ -149,17 +149,15 @@ class Comparison:
         outcome.stages["after"] = histograms(model, plan)
         return outcome
 
-    def _train_clustered(
-        self, method: Method, name: str, k: int, seed: int, outcome: _Outcome
-    ) -> None:
+    def _train_clustered(self, method: Method, name: str, seed: int, outcome: _Outcome) -> None:
         assert method.attach is not None  # what the caller chose it by
         config = self.config
         job = self._job(name, outcome.model, seed, scratch=method.scratch)
         if method.scratch:
             job.epochs += config.finetune_epochs
         steps = job.epochs * steps_per_epoch(self.data, config.batch_size)
-        job.clustering = method.attach(outcome.model, k, steps, config.strength)
-        job.codebook_lr = method.codebook_lr
+        recipe = Recipe(outcome.plan, steps, config.regularizer, config.strength)
+        job.clustering = method.attach(outcome.model, recipe)
         self._train(job, during=lambda model: histograms(model, outcome.plan))
         during = [epoch["during"] for epoch in job.history if "during" in epoch]
         outcome.stages |= {"during": during[0]} if during else {}
@@ -201,6 +199,9 @@ class Comparison:
             found = {"accuracy": accuracy(model, self.data)}
             done = self._finish(name, model, job.history, found)
         return done | {"state": load_state(self._model_path(name))}
+
+    def _plan(self, model: nn.Module, k: int) -> Plan:
+        return make_plan(model, k=k, **self.config.plan_settings())
 
     def _fresh(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)

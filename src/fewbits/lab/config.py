@@ -1,14 +1,27 @@
 """What a run does, as a config: from flags or TOML, saved with the run."""
 
 import dataclasses
+import json
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._errors import FileError, PlanError, did_you_mean
-from .._plan import check_k
-from .methods import METHODS
+from .._plan import Granularity, check_k
+from .methods import METHODS, REGULARIZERS
+
+# What a list in the TOML file holds, and the least value of each whole number.
+_ITEMS: dict[str, type] = {"methods": str, "k": int, "seeds": int, "exclude": str}
+_LEAST = {
+    "epochs": 1,
+    "finetune_epochs": 0,
+    "batch_size": 2,
+    "train_images": 0,
+    "image_size": 0,
+    "channels_per_group": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -26,10 +39,15 @@ class Config:
         finetune_epochs: further epochs, the same number for every method and for the float
             network they are compared with.
         batch_size: images per step.
-        lr: peak learning rate from scratch; 0 takes the model's own default.
+        lr: peak learning rate from scratch.
         finetune_lr: peak learning rate of the further epochs, as a share of `lr`.
         weight_decay: of the weights.
+        regularizer: what the methods that train pull with, a name from `fewbits.lab.methods`.
         strength: multiplies each method's own default strength.
+        granularity: "layer", "channel" or "group".
+        channels_per_group: for "group".
+        exclude: globs on layer names that are left alone.
+        overrides: rules by glob on the layer's name, as `fewbits.plan` takes them.
         train_images: use only so many training images; 0 means all.
         image_size: bring the images of a folder to this size; 0 takes them as they are.
     """
@@ -46,31 +64,27 @@ class Config:
     lr: float = 0.05
     finetune_lr: float = 0.2
     weight_decay: float = 5e-4
+    regularizer: str = "nearest-2"
     strength: float = 1.0
+    granularity: Granularity = "layer"
+    channels_per_group: int = 0
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train_images: int = 0
     image_size: int = 0
 
     def __post_init__(self):
         """Refuse values that cannot work, by name."""
         for method in self.methods:
-            if method not in METHODS:
-                raise PlanError(
-                    f"methods: unknown method {method!r}.{did_you_mean(method, METHODS)}"
-                    f" Known: {', '.join(METHODS)}."
-                )
+            _check_known("methods", method, METHODS)
+        _check_known("regularizer", self.regularizer, REGULARIZERS)
         for k in self.k:
             check_k(k)
         for name in ("methods", "k", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise PlanError(f"{name} is {list(values)}. Give at least one, each once.")
-        for name, least in (
-            ("epochs", 1),
-            ("finetune_epochs", 0),
-            ("batch_size", 2),
-            ("train_images", 0),
-            ("image_size", 0),
-        ):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise PlanError(f"{name} is {getattr(self, name)}. Give {least} or more.")
         for name in ("lr", "finetune_lr", "width"):
@@ -80,22 +94,37 @@ class Config:
             if not 0 <= getattr(self, name) < 1e6:
                 raise PlanError(f"{name} is {getattr(self, name)}. Give 0 or more.")
 
+    def plan_settings(self) -> dict[str, Any]:
+        """Return what `fewbits.plan` is told besides the model and k."""
+        return {
+            "granularity": self.granularity,
+            "channels_per_group": self.channels_per_group or None,
+            "overrides": {**self.overrides, **dict.fromkeys(self.exclude)},
+        }
+
     def to_toml(self) -> str:
-        """Return the config as TOML text that `from_toml` reads back."""
-        lines = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            lines.append(f"{field.name} = {_toml(value)}")
-        return "\n".join(lines) + "\n"
+        """Return the config as TOML text that `read_toml` reads back."""
+        values = dataclasses.asdict(self)
+        tables = values.pop("overrides")
+        lines = [f"{name} = {_toml(value)}\n" for name, value in values.items()]
+        for pattern, rule in tables.items():
+            lines.append(f"\n[overrides.{_toml(pattern)}]\n")
+            lines += [f"{key} = {_toml(value)}\n" for key, value in rule.items()]
+        return "".join(lines)
+
+
+def _check_known(name: str, value: str, known: Mapping[str, Any]) -> None:
+    if value not in known:
+        raise PlanError(
+            f"{name}: there is no {value!r}.{did_you_mean(value, known)} Known: {', '.join(known)}."
+        )
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return repr(value)
+    # JSON escapes a string as TOML does, but for DEL, which TOML wants escaped as well.
+    return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -116,28 +145,31 @@ def read_toml(path: Path) -> dict[str, Any]:
             values = tomllib.load(file)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror}).") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: is not TOML ({error}).") from error
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    defaults = dataclasses.asdict(Config())
     settings = {}
     for key, value in values.items():
-        if key not in fields:
+        if key not in defaults:
             raise FileError(
-                f"{path}: there is no setting {key!r}.{did_you_mean(key, fields)}"
-                f" Settings: {', '.join(fields)}."
+                f"{path}: there is no setting {key!r}.{did_you_mean(key, defaults)}"
+                f" Settings: {', '.join(defaults)}."
             )
-        settings[key] = _typed(path, key, value, fields[key].default)
+        if key in _ITEMS:
+            items = value if isinstance(value, list) else [value]
+            settings[key] = tuple(_typed(path, key, item, _ITEMS[key]) for item in items)
+        else:
+            settings[key] = _typed(path, key, value, type(defaults[key]))
     return settings
 
 
-def _typed(path: Path, key: str, value: Any, default: Any) -> Any:
-    """Return `value` as the type of `default`, or raise a `FileError`."""
-    if isinstance(default, tuple):
-        items = value if isinstance(value, list) else [value]
-        return tuple(_typed(path, key, item, default[0]) for item in items)
-    wanted = type(default)
+def _typed(path: Path, key: str, value: Any, wanted: type) -> Any:
+    """Return `value` as `wanted`, or raise a `FileError`."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not wanted:
-        raise FileError(f"{path}: {key} is {value!r}. Give a {wanted.__name__}.")
+        word = {str: "text", int: "whole number", float: "number", dict: "table"}[wanted]
+        raise FileError(f"{path}: {key} is {value!r}. Give a {word}.")
+    if key == "overrides" and not all(isinstance(rule, dict) for rule in value.values()):
+        raise FileError(f'{path}: overrides: write [overrides."PATTERN"] and k = 16 below it.')
     return value

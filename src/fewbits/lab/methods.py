@@ -2,16 +2,41 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
-from .. import schedules
+from .. import regularizers, schedules
 from .._clustering import Clustering
+from .._plan import Plan
 from .._pull import Penalty, Proximal
 from .._quantize import Method as PostTraining
 
-Attach = Callable[[nn.Module, int, int, float], Clustering]
+REGULARIZERS: dict[str, Callable[[], regularizers.Regularizer]] = {
+    "nearest-2": lambda: regularizers.Nearest(p=2),
+    "nearest-1": lambda: regularizers.Nearest(p=1),
+    "soft-min": regularizers.SoftMin,
+    "periodic": regularizers.Periodic,
+    "rate-aware": regularizers.RateAware,
+    "rate-aware-sparse": lambda: regularizers.RateAware(pin_zero=True),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method that trains is applied to.
+
+    Attributes:
+        plan: which weights, how many values.
+        steps: optimizer steps in the whole training.
+        regularizer: a name in `REGULARIZERS`.
+        strength: multiplies the method's own strength.
+    """
+
+    plan: Plan
+    steps: int
+    regularizer: str = "nearest-2"
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -22,16 +47,14 @@ class Method:
         about: one line for people.
         post_training: the method of `fewbits.quantize`, for those that do not train weights.
         finetune: whether the quantized network's codebooks are then fine-tuned.
-        attach: (model, k, steps, strength multiplier) -> Clustering, for those that train.
-        codebook_lr: learning rate of the representatives over that of the weights.
+        attach: (model, recipe) -> Clustering, for those that train.
         scratch: whether training starts from random weights and takes all epochs.
     """
 
     about: str
     post_training: PostTraining | None = None
     finetune: bool = False
-    attach: Attach | None = None
-    codebook_lr: float = 1.0
+    attach: Callable[[nn.Module, Recipe], Clustering] | None = None
     scratch: bool = False
 
     @property
@@ -42,45 +65,61 @@ class Method:
         return "continued" if self.post_training and not self.finetune else "float"
 
 
-def _penalty(model: nn.Module, k: int, steps: int, strength: float) -> Clustering:
-    ramp = schedules.cubic(0.0, 20.0 * strength, steps=int(0.9 * steps))
-    return Clustering(model, k=k, pull=Penalty(ramp), snapped_forward=False)
+def _attach(
+    model: nn.Module, recipe: Recipe, pull: Penalty | Proximal | None, *, snapped_forward: bool
+) -> Clustering:
+    return Clustering(
+        model,
+        plan=recipe.plan,
+        regularizer=REGULARIZERS[recipe.regularizer](),
+        pull=pull,
+        snapped_forward=snapped_forward,
+    )
 
 
-def _penalty_scratch(model: nn.Module, k: int, steps: int, strength: float) -> Clustering:
-    start = int(0.3 * steps)
-    ramp = schedules.cubic(0.0, 20.0 * strength, start=start, steps=int(0.6 * steps))
-    return Clustering(model, k=k, pull=Penalty(ramp), snapped_forward=False)
+def _penalty(model: nn.Module, recipe: Recipe) -> Clustering:
+    ramp = schedules.cubic(0.0, 3.0 * recipe.strength, steps=int(0.8 * recipe.steps))
+    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=False)
 
 
-def _penalty_snapped(model: nn.Module, k: int, steps: int, strength: float) -> Clustering:
-    return Clustering(model, k=k, pull=Penalty(0.1 * strength))
+def _penalty_scratch(model: nn.Module, recipe: Recipe) -> Clustering:
+    start = int(0.3 * recipe.steps)
+    ramp = schedules.cubic(0.0, 3.0 * recipe.strength, start=start, steps=recipe.steps // 2)
+    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=False)
 
 
-def _proximal(model: nn.Module, k: int, steps: int, strength: float) -> Clustering:
-    ramp = schedules.cubic(0.0, 0.5 * strength, steps=int(0.9 * steps))
-    return Clustering(model, k=k, pull=Proximal(ramp), snapped_forward=False)
+def _penalty_snapped(model: nn.Module, recipe: Recipe) -> Clustering:
+    return _attach(model, recipe, Penalty(0.1 * recipe.strength), snapped_forward=True)
 
 
-def _proximal_snapped(model: nn.Module, k: int, steps: int, strength: float) -> Clustering:
-    ramp = schedules.cubic(0.0, 0.01 * strength, steps=steps)
-    return Clustering(model, k=k, pull=Proximal(ramp))
+def _proximal(model: nn.Module, recipe: Recipe) -> Clustering:
+    ramp = schedules.cubic(0.0, 0.1 * recipe.strength, steps=int(0.9 * recipe.steps))
+    return _attach(model, recipe, Proximal(ramp), snapped_forward=False)
 
+
+def _proximal_snapped(model: nn.Module, recipe: Recipe) -> Clustering:
+    ramp = schedules.cubic(0.0, 0.03 * recipe.strength, steps=recipe.steps)
+    return _attach(model, recipe, Proximal(ramp), snapped_forward=True)
+
+
+_POST_TRAINING: dict[PostTraining, str] = {
+    "uniform": "even grid",
+    "kmeans": "k-means weight sharing",
+    "entropy": "entropy-constrained",
+}
+assert set(_POST_TRAINING) == set(get_args(PostTraining))
 
 METHODS: dict[str, Method] = {
-    "uniform": Method("post-training, even grid", post_training="uniform"),
-    "kmeans": Method("post-training, k-means weight sharing", post_training="kmeans"),
-    "entropy": Method("post-training, entropy-constrained", post_training="entropy"),
-    "kmeans-finetuned": Method(
-        "post-training k-means, then the codebooks are trained (Deep Compression)",
-        post_training="kmeans",
-        finetune=True,
-    ),
+    **{name: Method(f"post-training: {what}", name) for name, what in _POST_TRAINING.items()},
+    **{
+        f"{name}-finetuned": Method(f"{name}, then its codebooks are trained", name, finetune=True)
+        for name in _POST_TRAINING
+    },
+    "penalty": Method("penalty, from the float network", attach=_penalty),
     "penalty-scratch": Method(
         "penalty, from random weights", attach=_penalty_scratch, scratch=True
     ),
-    "penalty": Method("penalty, from the float network", attach=_penalty),
-    "penalty-snapped": Method("penalty with snapped forward", attach=_penalty_snapped),
+    "penalty-snapped": Method("penalty and snapped forward", attach=_penalty_snapped),
     "proximal": Method("proximal, from the float network", attach=_proximal),
-    "proximal-snapped": Method("proximal with snapped forward", attach=_proximal_snapped),
+    "proximal-snapped": Method("proximal and snapped forward", attach=_proximal_snapped),
 }

@@ -19,7 +19,7 @@ from .data import Augment, ImageData, batches
 from .progress import Progress
 
 # Training images used to re-estimate batch-norm statistics, and per batch in evaluation.
-REESTIMATION_IMAGES = 8192
+REESTIMATION_IMAGES = 4096
 EVALUATION_BATCH = 512
 
 
@@ -92,7 +92,7 @@ class Job:
         weight_decay: of the weights.
         seed: fixes the order and augmentation of the images and dropout.
         clustering: what pulls the weights, or nothing for a float network.
-        codebook_lr: learning rate of the representatives over `lr`.
+        warmup: share of the steps in which the learning rate rises from 0.
         history: one dict of metrics per finished epoch.
     """
 
@@ -106,7 +106,6 @@ class Job:
     weight_decay: float
     seed: int
     clustering: Clustering | None = None
-    codebook_lr: float = 1.0
     warmup: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -153,9 +152,7 @@ class Job:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         if self.clustering is not None:
-            groups = self.clustering.param_groups(
-                lr=self.lr, weight_decay=self.weight_decay, codebook_lr=self.lr * self.codebook_lr
-            )
+            groups = self.clustering.param_groups(lr=self.lr, weight_decay=self.weight_decay)
         else:
             groups = [{"params": list(self.model.parameters()), "weight_decay": self.weight_decay}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
