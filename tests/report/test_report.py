@@ -5,70 +5,24 @@ import math
 import re
 import statistics
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_run import OWN, PEERS, fake_run
+from reading import edit, read
 
 from fewbits._errors import FewbitsError, FileError
 from fewbits.report import comparison, write_report
-from fewbits.report._svg import Point, Series, chart, histogram, ticks, usage_bars
-
-VOID = {"meta", "link", "br", "hr", "img", "input", "col", "wbr", "source"}
-
-
-class Page(HTMLParser):
-    """Reads a page, and refuses tags that do not close in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.table: list[list[str]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.table.append([])
-        if tag in ("th", "td"):
-            self.table[-1].append("")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.text += data
-        if self.open and self.open[-1] in ("th", "td"):
-            self.table[-1][-1] += data.strip()
-
-
-def read(folder: Path) -> tuple[str, Page]:
-    html = write_report(folder).read_text(encoding="utf-8")
-    return html, Page(html)
-
-
-def edit(folder: Path, change: dict[str, Any]) -> None:
-    path = folder / "details.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
 def test_every_number_of_the_table_is_the_aggregate_of_its_rows(tmp_path: Path) -> None:
     rows = fake_run(tmp_path)
     _, page = read(tmp_path)
-    lines = page.table[2:]  # below the heads and the float network
+    # Below the heads and the float network; a line of one cell heads a k.
+    lines = [line for line in page.tables["comparison"][2:] if len(line) > 1]
     assert len(lines) == len({(r["method"], r["k"]) for r in rows})
+    previous = (0, 0.0)
     for line in lines:
         group = [r for r in rows if (r["method"], str(r["k"])) == (line[0], line[1])]
 
@@ -81,8 +35,11 @@ def test_every_number_of_the_table_is_the_aggregate_of_its_rows(tmp_path: Path) 
         def mean(key: str, members: list[dict[str, Any]] = group) -> float:
             return statistics.mean(r[key] for r in members)
 
+        rank = (int(line[1]), -mean("accuracy"))
+        assert rank >= previous, "by k, then the most accurate first"
+        previous = rank
         before = f"{mean('accuracy') - 0.4:.2f} ± {spread('accuracy').split('± ')[1]}"
-        assert line[2:] == [
+        assert [cell.removeprefix("best ") for cell in line[2:]] == [
             spread("accuracy"),
             spread("drop"),
             before,
@@ -101,8 +58,12 @@ def test_float_network_is_counted_once_a_seed(tmp_path: Path) -> None:
     _, page = read(tmp_path)
     values = [98.6, 98.7, 98.8]
     sd = statistics.stdev(values)
-    assert page.table[1][:3] == ["float", "–", f"{statistics.mean(values):.2f} ± {sd:.2f}"]
-    assert page.table[1][-1] == "3"
+    assert page.tables["comparison"][1][:3] == [
+        "float",
+        "–",
+        f"{statistics.mean(values):.2f} ± {sd:.2f}",
+    ]
+    assert page.tables["comparison"][1][-1] == "3"
 
 
 def test_best_is_written_as_a_word_on_the_page(tmp_path: Path) -> None:
@@ -118,9 +79,11 @@ def test_page_is_whole_for_any_number_of_values(tmp_path: Path, k: int) -> None:
     html, page = read(tmp_path)
     values = "1 value per weight" if k == 1 else f"{k} values per weight"
     assert values in html
-    drawn = sum("class" in a and a["class"] == "representative" for _, a in page.tags)
-    assert drawn <= 2 * 64 and drawn >= 2 * min(k, 8)  # during and after
-    assert sum(tag == "rect" for tag, _ in page.tags) == min(k, -(-k // -(-k // 64)))
+    drawn = [a.get("class") for _, a in page.tags]
+    assert 2 * min(k, 8) <= drawn.count("representative") <= 2 * 64  # during and after
+    bars = [a["d"] or "" for _, a in page.tags if a.get("class") == "bar"]
+    assert "".join(bars).count("M") == -(-k // -(-k // 64))  # of as many values each as needed
+    assert len(bars) == (k if k <= 16 else 1)
 
 
 @pytest.mark.parametrize("methods", [("kmeans",), ("penalty",), (*OWN, *PEERS)])
@@ -146,6 +109,61 @@ def test_no_layers_and_null_accuracy_before_reestimation_leave_their_part_out(
     html, _ = read(tmp_path)
     assert "<h2>Layers</h2>" not in html
     assert "before re-estimation" not in html
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+@pytest.mark.parametrize("count", [1, 100])
+def test_numbers_that_are_missing_are_dashes_and_left_out_of_drawings(
+    tmp_path: Path, value: float | None, count: int
+) -> None:
+    rows = fake_run(tmp_path, methods=("penalty", "kmeans"), ks=(4,), layers=("a", "b"))
+    measured = "accuracy drop hardening_gap bits_fixed bits_entropy bytes ratio seconds".split()
+    for row in rows[:count]:
+        row |= dict.fromkeys(measured, value)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    layers = json.loads((tmp_path / "details.json").read_text())["layers"]
+    for layer in layers[:count]:
+        layer |= {"distortion": value, "bits_entropy": value}
+        layer["stages"][0] |= {"low": value, "high": value}
+    edit(tmp_path, {"layers": layers})
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[-count:]:
+        line |= {"loss": value, "accuracy": value, "hardening_gap": value}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    html, page = read(tmp_path)
+    assert not re.search(r"\b([Nn]a[Nn]|inf|None)\b", page.text)
+    assert ("penalty has no measured accuracy on digits" in page.text) == (count == 100)
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', html, re.IGNORECASE)
+    of = {line[0]: line for line in page.tables["comparison"]}
+    if count == 1:  # one of three seeds: the mean and deviation are those of the others
+        accuracies = [r["accuracy"] for r in rows[1:] if r["method"] == "penalty"]
+        said = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
+        assert of["penalty"][2].removeprefix("best ") == said
+    else:
+        assert of["penalty"][2] == "–"
+
+
+def test_page_of_a_large_network_stays_small_and_mostly_folded(tmp_path: Path) -> None:
+    names = tuple(f"features.{i}.weight" for i in range(16))
+    methods, ks = (*OWN, *PEERS, "entropy"), (2, 4, 16)
+    fake_run(tmp_path, methods=methods, ks=ks, layers=names[:1], epochs=30)
+    layers = json.loads((tmp_path / "details.json").read_text())["layers"]
+    edit(tmp_path, {"layers": [layer | {"name": n} for layer in layers for n in names]})
+    html, page = read(tmp_path)
+    assert len(html) < 4e6  # bytes: opens at once, and can be mailed
+    folds = [a for tag, a in page.tags if tag == "details"]
+    assert len(folds) == 18 and sum("open" in a for a in folds) == 1
+
+
+def test_page_says_command_data_seeds_and_environment(tmp_path: Path) -> None:
+    fake_run(tmp_path)
+    edit(tmp_path, {"config": {"k": [2, 4], "rules": {"a": 3}, "subset": None}})
+    html, page = read(tmp_path)
+    assert "fewbits compare --data digits --model convnet --k 2 --k 4 --k 16" in page.text
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    assert (facts["training examples"], facts["test examples"]) == ("1,437", "360")
+    assert (facts["name"], facts["seeds"], facts["torch"]) == ("digits", "0, 1, 2", "2.13.0")
+    assert (facts["k"], facts["rules"], facts["subset"]) == ("2, 4", "a: 3", "none")
 
 
 def test_page_refers_to_nothing_outside(tmp_path: Path) -> None:
@@ -175,81 +193,17 @@ def test_hostile_names_are_shown_and_never_run(tmp_path: Path) -> None:
     assert page.text.count(hostile) > 10
 
 
-def coordinates(svg: str) -> list[float]:
-    drawn = re.findall(r' (?:d|points|x|y|width|height|viewBox)="([^"]*)"', svg)
-    words = [w for part in drawn for w in re.findall(r"[-\w.]+", re.sub(r"[a-zA-Z]", " ", part))]
-    assert not re.search(r'="[^"]*\b(nan|inf)', svg, re.IGNORECASE)
-    return [float(word) for word in words]
-
-
-def test_coordinates_are_finite_and_inside_for_numbers_that_are_not(tmp_path: Path) -> None:
-    fake_run(tmp_path)
-    html, _ = read(tmp_path)
-    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
-        assert all(-80 <= c <= 570 for c in coordinates(svg))
-    ugly = [math.nan, math.inf, -math.inf, 1e300, 5.0, 5.0]
-    points = tuple(Point(float(i), y, "p", y) for i, y in enumerate(ugly))
-    for kept in (points, points[-1:], ()):
-        svg = chart([Series("s", kept)], title="t", x_label="x", y_label="y")
-        assert all(-80 <= c <= 570 for c in coordinates(svg))
-        assert bool(svg) == bool(kept)
-    for bounds in ((0.0, 0.0), (1.0, 1.0), (-1e-30, 1e-30), (-1e20, 1e20)):
-        middle = sum(bounds) / 2
-        svg = histogram([9], bounds, span=bounds, representatives=[middle, math.nan], title="t")
-        assert all(-80 <= c <= 200 for c in coordinates(svg))
-    assert coordinates(usage_bars([], [], title="t")) and coordinates(
-        histogram([], (0, 1), span=(0, 1), representatives=[], title="t")
-    )
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0.5, 8.5, [2, 4, 6, 8]),
-        (97.1, 98.7, [97.5, 98, 98.5]),
-        (-0.3, 0.3, [-0.2, 0, 0.2]),
-    ],
-)
-def test_ticks_are_round_and_inside(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == expected
-    assert all(tick == int(tick) for tick in ticks(low, high, whole=True))
-
-
-def test_weights_and_representatives_share_one_scale() -> None:
-    # Worked by hand: the panel is 190 wide with 4 spare on each side, so 0 of [-1, 1] is at 95
-    # and the second of two bins reaches from 95 to 186, 66 high as the tallest.
-    svg = histogram([0, 9], (-1, 1), span=(-1, 1), representatives=[0.0, 1.0], title="t")
-    assert 'd="M95 72v-66H186V72z"' in svg
-    assert 'd="M95 73' in svg and 'd="M186 73' in svg
-    # The same span serves a stage whose weights lie closer together: 0.5 is at 140.5.
-    svg = histogram([9], (0, 0.5), span=(-1, 1), representatives=[0.5], title="t")
-    assert 'd="M95 72v-66H140.5V72z"' in svg and 'd="M140.5 73' in svg
-
-
-def test_headline_states_the_smallest_own_file_that_loses_little(tmp_path: Path) -> None:
-    rows = fake_run(tmp_path, methods=("kmeans", "penalty"), ks=(2, 4, 16), seeds=1)
-    drops = {("penalty", 2): 5.0, ("penalty", 4): 0.3, ("penalty", 16): 0.0}
+def test_layers_are_in_order_of_k_and_only_those_of_the_headline_are_open(tmp_path: Path) -> None:
+    rows = fake_run(tmp_path, methods=("kmeans", "penalty"), ks=(4, 16))
     for row in rows:
-        row["drop"] = drops.get((row["method"], row["k"]), 0.2)
-        row["accuracy"] = row["float_accuracy"] - row["drop"]
-        row["ratio"] = {2: 20.0, 4: 14.12, 16: 8.0}[row["k"]]
+        row["drop"] = 0.5 if row["k"] == 16 else 3.0
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    html, page = read(tmp_path)
-    said = "4 values per weight (2\u00a0bits): 98.3% against 98.6% float; a 14.1× smaller file"
-    assert f"<h1>{said}</h1>" in html
-    # A peer that does better at the same k is named beside it.
-    assert "kmeans is more accurate, 98.40% against 98.30%" in page.text
-
-
-def test_own_methods_come_first_and_only_the_first_is_open(tmp_path: Path) -> None:
-    fake_run(tmp_path, methods=("kmeans", "penalty"), ks=(4, 16))
     html, _ = read(tmp_path)
     titles = re.findall(r"<details( open)?>\s*<summary><strong>(.*?)</strong>", html)
     assert titles == [
-        (" open", "penalty, k = 4"),
-        ("", "penalty, k = 16"),
+        ("", "penalty, k = 4"),
         ("", "kmeans, k = 4"),
+        (" open", "penalty, k = 16"),
         ("", "kmeans, k = 16"),
     ]
     assert html.count("Warning: 2 dead") == 2 * 3
@@ -262,7 +216,7 @@ def test_drawings_and_table_are_named_for_assistive_software(tmp_path: Path) -> 
         if tag == "svg" and attributes.get("aria-hidden") != "true":
             assert attributes["role"] == "img" and attributes["aria-label"]
         if tag == "th":
-            assert attributes["scope"] in ("row", "col")
+            assert attributes["scope"] in ("row", "col", "rowgroup")
     assert {"lang": "en"} in [a for tag, a in page.tags if tag == "html"]
 
 

@@ -59,11 +59,16 @@ def write_report(run: Path) -> Path:
 def _load(path: Path) -> Any:
     """Read one JSON file, or say which file cannot be read and why."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}. Is this the folder of a run?") from error
     except ValueError as error:
         raise FileError(f"{path}: not JSON, {error}. Run again to write it anew.") from error
+
+
+def _parse(content: str) -> Any:
+    """Parse JSON; a NaN or infinity, which a diverged run may hold, counts as null."""
+    return json.loads(content, parse_constant=lambda _: None)
 
 
 def _load_lines(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +80,7 @@ def _load_lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            found.append(json.loads(line))
+            found.append(_parse(line))
         except ValueError as error:
             raise FileError(
                 f"{path}: line {number} is not JSON. Remove the line or run again."
@@ -86,7 +91,7 @@ def _load_lines(path: Path) -> list[dict[str, Any]]:
 def _require(items: Iterable[Mapping[str, Any]], keys: Iterable[str], path: Path) -> None:
     """Refuse items that lack one of `keys`, before any page is made from them."""
     for item in items:
-        missing = sorted(set(keys) - set(item))
+        missing = sorted(set(keys) - set(item)) if isinstance(item, Mapping) else sorted(keys)
         if missing:
             raise FileError(f"{path}: lacks {missing[0]!r}. Run again with this version.")
 

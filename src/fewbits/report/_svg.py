@@ -11,10 +11,12 @@ from html import escape
 
 # Chart and panel, in user units. Where a chart is shown at 0.6 of its size, as on a phone, the
 # style sheet enlarges its text, for which the margins leave room.
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 330, 74, 14, 58
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 330, 86, 14, 58
 PANEL_WIDTH, PANEL_HEIGHT, PANEL_BASE = 190, 96, 72
 MOST_MARKS = 64  # beyond it neighbors share a mark: a panel is 190 units wide
-MOST_DOTS = 600  # beyond it a curve shows its line only, to keep the page light
+MOST_DOTS = 300  # beyond it a curve shows its line only, to keep the page light
+MOST_BARS = 16  # beyond it bars are one shape without hover values, to keep the page light
+_BESIDE = 10.0  # between marks that would cover each other
 _COLORS = 8  # as many as the style sheet has
 _DASHES = ("none", "6 3", "2 3", "9 3 2 3", "12 4", "2 7")
 _SHAPES = (
@@ -23,6 +25,9 @@ _SHAPES = (
     "m0 -5.5l5.2 9h-10.4z",
     "m0 -5.8l5.8 5.8l-5.8 5.8l-5.8 -5.8z",
     "m0 5.5l5.2 -9h-10.4z",
+    "m-5.5 -2h3.5v-3.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5z",
+    "m0 -5.5l5.5 4.2l-2.1 6.3h-6.8l-2.1 -6.3z",
+    "m-5.5 -3h11v6h-11z",
 )
 
 
@@ -45,6 +50,7 @@ class Series:
     style: int | None = None  # color and shape; None is neutral
     dash: int = 0
     marked: bool = True  # with the series' shape on every point
+    hollow: bool = False  # that shape is an outline
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -75,6 +81,7 @@ def chart(
     y_label: str,
     level: float | None = None,
     whole_x: bool = False,
+    beside: bool = False,
 ) -> str:
     """Draw series of points with axes, ticks, error bars and hover values.
 
@@ -85,6 +92,7 @@ def chart(
         y_label: quantity and unit of y.
         level: a dashed horizontal line at this y, called "float".
         whole_x: ticks of x are whole numbers.
+        beside: points whose marks would cover each other are moved apart along x.
 
     Returns:
         An <svg> element; the empty string where no point can be drawn.
@@ -97,14 +105,15 @@ def chart(
     ends = [p.y + sign * _spread(p) for p in points for sign in (-1, 1)]
     y_low, y_high = _padded([*ends, *([level] if level is not None else [])])
     right = WIDTH - (50 if level is not None else 14)  # "float" stands beside its line
-    x = _scale(x_low, x_high, LEFT, right)
+    room = _BESIDE / 2 * len(series) if beside else 0.0  # for marks moved outwards
+    x = _scale(x_low, x_high, LEFT + room, right - room)
     y = _scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
     parts = _axes(ticks(x_low, x_high, whole=whole_x), ticks(y_low, y_high), x, y, right)
     middle = _n((TOP + HEIGHT - BOTTOM) / 2)
     parts.append(
         f'<text class="label" x="{_n((LEFT + right) / 2)}" y="{HEIGHT - 6}" '
         f'text-anchor="middle">{escape(x_label)}</text>'
-        f'<text class="label" transform="translate(16 {middle}) rotate(-90)" '
+        f'<text class="label" transform="translate(15 {middle}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
     if level is not None:
@@ -114,7 +123,11 @@ def chart(
             f'<text x="{right + 5}" y="{_n(y(level) + 4)}">float</text>'
         )
     dots = len(points) <= MOST_DOTS
-    parts += [_series(s, kept, x, y, dots=dots) for s, kept in drawn if kept]
+    places = [[x(p.x) for p in kept] for _, kept in drawn]
+    places = _apart(places) if beside else places
+    for (s, kept), across in zip(drawn, places, strict=True):
+        on_paper = [(at, y(p.y), p) for at, p in zip(across, kept, strict=True)]
+        parts += [_series(s, on_paper, y, dots=dots)] if kept else []
     return _svg("chart", WIDTH, HEIGHT, title, parts)
 
 
@@ -127,7 +140,7 @@ def swatch(series: Series) -> str:
     Returns:
         An <svg> element that assistive software skips, as the name follows it.
     """
-    mark = f'<path class="mark" d="M14 7{_shape(series)}"/>' if series.marked else ""
+    mark = f'<path class="{_kind(series)}" d="M14 7{_shape(series)}"/>' if series.marked else ""
     return (
         f'<svg class="swatch {_style(series)}" viewBox="0 0 28 14" width="28" height="14" '
         f'aria-hidden="true"><path class="line" d="M1 7H27" '
@@ -194,17 +207,21 @@ def usage_bars(usage: Sequence[float], values: Sequence[float], *, title: str) -
     sums = [math.fsum(usage[i : i + size]) for i in range(0, len(usage), size)]
     tallest = max([*sums, 0.0]) or 1.0
     pitch = (PANEL_WIDTH - 8) / max(len(sums), 1)
-    parts: list[str] = []
+    bar = min(pitch * 0.8, 40.0)
+    shapes: list[str] = []
+    names: list[str] = []
     for i, share in enumerate(sums):
-        height = share / tallest * (PANEL_BASE - 6)
+        left, height = 4 + (i + 0.5) * pitch - bar / 2, share / tallest * (PANEL_BASE - 6)
+        shapes.append(f"M{_n(left)} {PANEL_BASE}v{_n(-height)}h{_n(bar)}V{PANEL_BASE}z")
         group = values[i * size : (i + 1) * size] if len(values) == len(usage) else []
         name = " to ".join(f"{v:.4g}" for v in dict.fromkeys([*group[:1], *group[-1:]]))
-        bar = min(pitch * 0.8, 40.0)
-        parts.append(
-            f'<rect class="bar" x="{_n(4 + (i + 0.5) * pitch - bar / 2)}" '
-            f'y="{_n(PANEL_BASE - height)}" width="{_n(bar)}" height="{_n(height)}">'
-            f"<title>{name or i + 1}: {share:.1%} of the weights</title></rect>"
-        )
+        names.append(f"{name or i + 1}: {share:.1%} of the weights")
+    if len(sums) > MOST_BARS:
+        shapes, names = ["".join(shapes)], [title]
+    parts = [
+        f'<path class="bar" d="{shape}"><title>{escape(name)}</title></path>'
+        for shape, name in zip(shapes, names, strict=True)
+    ]
     parts.append(f'<path class="axis" d="M0 {PANEL_BASE}H{PANEL_WIDTH}"/>')
     note = f"highest {max([*sums, 0.0]):.1%}" + (f", {size} a bar" if size > 1 else "")
     parts.append(f'<text x="4" y="{PANEL_HEIGHT - 2}">{note}</text>')
@@ -242,33 +259,54 @@ def _axes(
     return parts
 
 
+def _apart(places: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Move coordinates to `_BESIDE` apart at least, the least in squares that it takes.
+
+    Isotonic regression by pooling: coordinates too near form a block around their mean.
+    """
+    # Within half a mark the order is that of the series, which is the same at every x.
+    spots = [(at, i, j) for i, along in enumerate(places) for j, at in enumerate(along)]
+    spots.sort(key=lambda spot: (round(spot[0] / _BESIDE * 2), *spot[1:]))
+    blocks: list[tuple[float, int]] = []  # mean of (coordinate - rank * _BESIDE), and size
+    for rank, (at, _, _) in enumerate(spots):
+        mean, size = at - rank * _BESIDE, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    level = [mean for mean, size in blocks for _ in range(size)]
+    moved = [list(along) for along in places]
+    for rank, (_, i, j) in enumerate(spots):
+        moved[i][j] = level[rank] + rank * _BESIDE
+    return moved
+
+
 def _series(
     series: Series,
-    points: list[Point],
-    x: Callable[[float], float],
+    points: Sequence[tuple[float, float, Point]],
     y: Callable[[float], float],
     *,
     dots: bool,
 ) -> str:
     """Draw one series: error bars, line, and a mark with a hover value on each point."""
     parts: list[str] = []
-    for p in points:
+    for across, _, p in points:
         if _spread(p):
             top, bottom = y(p.y + _spread(p)), y(p.y - _spread(p))
             parts.append(
-                f'<path class="error" d="M{_n(x(p.x) - 4)} {_n(top)}h8m-4 0V{_n(bottom)}m-4 0h8"/>'
+                f'<path class="error" d="M{_n(across - 4)} {_n(top)}h8m-4 0V{_n(bottom)}m-4 0h8"/>'
             )
-    places = " ".join(f"{_n(x(p.x))},{_n(y(p.y))}" for p in points)
+    places = " ".join(f"{_n(across)},{_n(up)}" for across, up, _ in points)
     parts.append(
-        f'<polyline class="line" points="{places}" '
+        f'<polyline class="{"line" if series.marked else "thin"}" points="{places}" '
         f'stroke-dasharray="{_DASHES[series.dash % len(_DASHES)]}">'
         f"<title>{escape(series.name)}</title></polyline>"
     )
     shape = _shape(series) if series.marked else "m-2 0a2 2 0 1 0 4 0a2 2 0 1 0 -4 0z"
-    kind = "mark" if series.marked else "dot"
-    for p in points if dots or series.marked else points[-1:]:
+    kind = _kind(series) if series.marked else "dot"
+    for across, up, p in points if dots or series.marked else points[-1:]:
         parts.append(
-            f'<path class="{kind}" d="M{_n(x(p.x))} {_n(y(p.y))}{shape}">'
+            f'<path class="{kind}" d="M{_n(across)} {_n(up)}{shape}">'
             f"<title>{escape(p.label)}</title></path>"
         )
     return f'<g class="{_style(series)}">{"".join(parts)}</g>'
@@ -335,6 +373,11 @@ def _n(value: float) -> str:
 def _style(series: Series) -> str:
     """Name the color class of a series."""
     return "neutral" if series.style is None else f"s{series.style % _COLORS}"
+
+
+def _kind(series: Series) -> str:
+    """Name the class of a mark."""
+    return "mark hollow" if series.hollow else "mark"
 
 
 def _shape(series: Series) -> str:

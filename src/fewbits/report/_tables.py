@@ -33,7 +33,7 @@ COLUMNS = (
     Column("bits_entropy", "bpw entropy", "Bits per weight, entropy", 2),
     Column("bytes", "bytes", "Bytes", 0),
     Column("ratio", "ratio", "Ratio", 1, suffix="×"),
-    Column("seconds", "seconds", "Seconds", 1),
+    Column("seconds", "seconds", "Time, s", 1),
     Column("n", "seeds", "Seeds", 0),
 )
 _MEASURED = ("float_accuracy", *(column.key for column in COLUMNS if column.key != "n"))
@@ -81,7 +81,8 @@ def comparison(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         entries.append(entry)
     for entry in entries:
         rivals = [e["accuracy"] for e in entries if e["k"] == entry["k"]]
-        entry["best"] = len(rivals) > 1 and entry["accuracy"] == max(rivals)
+        known = [accuracy for accuracy in rivals if accuracy is not None]
+        entry["best"] = len(rivals) > 1 and bool(known) and entry["accuracy"] == max(known)
     return entries
 
 
@@ -95,7 +96,7 @@ def float_entry(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         An entry with the accuracy in percent and its deviation, 32 bits and a ratio of 1.
     """
     by_seed = {row["seed"]: row["float_accuracy"] for row in rows}
-    mean, sd = mean_and_sd(list(by_seed.values()))
+    mean, sd = mean_and_sd([value for value in by_seed.values() if value is not None])
     entry: dict[str, Any] = dict.fromkeys(_MEASURED)
     entry |= {"method": "float", "k": None, "n": len(by_seed), "best": False}
     return entry | {"accuracy": mean, "accuracy_sd": sd, "bits_fixed": 32, "ratio": 1.0}
@@ -112,11 +113,27 @@ def cell(entry: Mapping[str, Any], column: Column) -> str:
         Such as "98.30 ± 0.12"; a dash where there is no number.
     """
     value = entry[column.key]
-    if value is None:
-        return NOTHING
+    if not column.spread and value and round(value, column.decimals) == 0:
+        return f"<{10**-column.decimals:g}{column.suffix}"  # 0.0 seconds would look like a fault
     sd = entry.get(f"{column.key}_sd") if column.spread else None
     spread = "" if sd is None else f" ± {sd:.{column.decimals}f}"
-    return f"{value:,.{column.decimals}f}{spread}{column.suffix}"
+    return number(value, f"z,.{column.decimals}f", f"{spread}{column.suffix}")
+
+
+def number(value: float | None, form: str, suffix: str = "") -> str:
+    """Print a number that may be missing.
+
+    Args:
+        value: in any unit.
+        form: a format specification, such as ".2f"; with a "z" there is no negative zero.
+        suffix: follows the number.
+
+    Returns:
+        The number; a dash for none.
+    """
+    if value is None:
+        return NOTHING
+    return f"{value:{form}}{suffix}"
 
 
 def columns_of(entries: Sequence[Mapping[str, Any]]) -> list[Column]:
