@@ -71,6 +71,22 @@ def test_best_is_written_as_a_word_on_the_page(tmp_path: Path) -> None:
     html, _ = read(tmp_path)
     best = sum(e["best"] for e in comparison(rows))
     assert html.count(">best</span>") == best > 0
+    assert "“best” marks" in html
+    fake_run(tmp_path, methods=("penalty",))
+    alone, _ = read(tmp_path)
+    assert "best</span>" not in alone and "“best” marks" not in alone
+
+
+def test_results_near_float_get_a_chart_of_their_own_where_others_are_far(tmp_path: Path) -> None:
+    rows = fake_run(tmp_path, methods=("kmeans", "penalty"), ks=(2, 4), seeds=1)
+    for lowest, charts in ((95.0, 1), (60.0, 2)):
+        for row in rows:
+            far = (row["method"], row["k"]) == ("kmeans", 2)
+            row["accuracy"] = lowest if far else 98.0
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        html, page = read(tmp_path)
+        assert html.count('aria-label="Accuracy against bits per weight.') == charts
+        assert ("Within 4 points of float; 1 lower result is left out" in page.text) == (charts > 1)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 64, 65, 256])
@@ -151,8 +167,10 @@ def test_page_of_a_large_network_stays_small_and_mostly_folded(tmp_path: Path) -
     edit(tmp_path, {"layers": [layer | {"name": n} for layer in layers for n in names]})
     html, page = read(tmp_path)
     assert len(html) < 4e6  # bytes: opens at once, and can be mailed
-    folds = [a for tag, a in page.tags if tag == "details"]
+    folds = [a for tag, a in page.tags if tag == "details" and "class" not in a]
     assert len(folds) == 18 and sum("open" in a for a in folds) == 1
+    assert html.count("<summary>8 more layers</summary>") == 18
+    assert html.count('<section class="layer">') == 18 * 16
 
 
 def test_page_says_command_data_seeds_and_environment(tmp_path: Path) -> None:

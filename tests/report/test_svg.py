@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reading import read
 
-from fewbits.report._svg import Point, Series, chart, histogram, ticks, usage_bars
+from fewbits.report._panels import histogram, usage_bars
+from fewbits.report._svg import Point, Series, chart, ticks
 
 
 def coordinates(svg: str) -> list[float]:
@@ -91,6 +92,22 @@ def test_marks_move_no_further_than_they_must() -> None:
     series = [Series(f"s{i}", (Point(x, 50.0, "p"),), i) for i, x in enumerate([1, 1, 1, 8])]
     svg = chart(series, title="t", x_label="x", y_label="y", beside=True)
     assert [x for x, _ in marks(svg)] == [115.1, 125.1, 135.1, 506.9]
+
+
+def test_axis_that_doubles_gives_each_doubling_the_same_room() -> None:
+    def chart_of(*xs: float) -> str:
+        points = tuple(Point(x, 50.0, "p") for x in xs)
+        return chart([Series("s", points)], title="t", x_label="x", y_label="y", doubling=True)
+
+    places = [x for x, _ in marks(chart_of(0.5, 1, 2, 4, 8))]
+    steps = [b - a for a, b in itertools.pairwise(places)]
+    assert max(steps) - min(steps) <= 0.21  # each place is printed to 0.1
+    assert all(f">{bits}</text>" in chart_of(1, 2, 4) for bits in ("1", "2", "4"))
+    assert ">1.60</text>" in chart_of(1.5, 1.7)  # within a doubling
+    assert ">1.95</text>" in chart_of(1.9, 2.1)  # about 2, which alone would say too little
+    # Zero bits, as of K = 1, has no logarithm: an ordinary axis, on which 2 is in the middle.
+    low, middle, high = (x for x, _ in marks(chart_of(0, 2, 4)))
+    assert abs(low + high - 2 * middle) <= 0.21
 
 
 def test_bars_of_few_values_say_their_share_and_many_are_one_shape() -> None:

@@ -61,6 +61,7 @@ def test_headline_of_a_lost_comparison_says_so(tmp_path: Path) -> None:
         (("kmeans",), [-1.0], "reaches 99.6% on digits: 1.0 point above the float network"),
         (("penalty", "kmeans"), [0.2, 0.24], ": level with kmeans, 0.2 points below the float"),
         (("penalty", "proximal"), [0.5, 0.9], ": 0.4 points above proximal, 0.5 points below"),
+        (("penalty", "kmeans", "proximal"), [0.2, 0.9, 0.3], ": 0.7 points above kmeans, 0.2 "),
         (("uniform", "kmeans"), [3.0, 2.0], "kmeans reaches 96.6% on digits: 1.0 point above uni"),
     ],
 )

@@ -86,6 +86,7 @@ def size_charts(
             x_label="bits per weight, entropy",
             y_label="accuracy, %",
             level=level,
+            doubling=True,
             beside=True,
         )
         drawings += [{"caption": caption, "svg": svg}] if svg else []

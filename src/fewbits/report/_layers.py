@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ._svg import MOST_BARS, histogram, usage_bars
+from ._panels import MOST_BARS, histogram, usage_bars
 from ._tables import COLUMNS, cell, number
 from ._verdict import Entry
 

@@ -71,6 +71,7 @@ def _table(reference: Entry, entries: Sequence[Entry]) -> dict[str, Any]:
     for entry in sorted(entries, key=_rank):
         groups.setdefault(entry["k"], []).append(entry)
     return {
+        "best": any(entry["best"] for entry in entries),
         "heads": [column.title for column in columns],
         "groups": [
             (title, [(e, [cell(e, column) for column in columns]) for e in members])

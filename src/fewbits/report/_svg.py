@@ -1,4 +1,4 @@
-"""Small inline SVG drawings as strings: charts, weight histograms and usage bars.
+"""Charts as inline SVG strings, and the few parts that other drawings share.
 
 Colors come from the page's style sheet through classes, so that one drawing serves light and
 dark. Every function is pure, and escapes the names that it is given.
@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Chart and panel, in user units. Where a chart is shown at 0.6 of its size, as on a phone, the
+# A chart, in user units. Where a chart is shown at 0.6 of its size, as on a phone, the
 # style sheet enlarges its text, for which the margins leave room.
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 330, 86, 14, 58
-PANEL_WIDTH, PANEL_HEIGHT, PANEL_BASE = 190, 96, 72
-MOST_MARKS = 64  # beyond it neighbors share a mark: a panel is 190 units wide
 MOST_DOTS = 300  # beyond it a curve shows its line only, to keep the page light
-MOST_BARS = 16  # beyond it bars are one shape without hover values, to keep the page light
 _BESIDE = 10.0  # between marks that would cover each other
 _COLORS = 8  # as many as the style sheet has
 _DASHES = ("none", "6 3", "2 3", "9 3 2 3", "12 4", "2 7")
@@ -81,6 +78,7 @@ def chart(
     y_label: str,
     level: float | None = None,
     whole_x: bool = False,
+    doubling: bool = False,
     beside: bool = False,
 ) -> str:
     """Draw series of points with axes, ticks, error bars and hover values.
@@ -92,35 +90,42 @@ def chart(
         y_label: quantity and unit of y.
         level: a dashed horizontal line at this y, called "float".
         whole_x: ticks of x are whole numbers.
+        doubling: each step along x doubles it, unless some x is 0 or less.
         beside: points whose marks would cover each other are moved apart along x.
 
     Returns:
         An <svg> element; the empty string where no point can be drawn.
     """
-    drawn = [(s, [p for p in s.points if _usable(p.x) and _usable(p.y)]) for s in series]
+    drawn = [(s, [p for p in s.points if usable(p.x) and usable(p.y)]) for s in series]
     points = [p for _, kept in drawn for p in kept]
     if not points:
         return ""
-    x_low, x_high = _padded([p.x for p in points])
+    bend = math.log2 if doubling and min(p.x for p in points) > 0 else float
+    x_low, x_high = _padded([bend(p.x) for p in points])
     ends = [p.y + sign * _spread(p) for p in points for sign in (-1, 1)]
     y_low, y_high = _padded([*ends, *([level] if level is not None else [])])
     right = WIDTH - (50 if level is not None else 14)  # "float" stands beside its line
     room = _BESIDE / 2 * len(series) if beside else 0.0  # for marks moved outwards
-    x = _scale(x_low, x_high, LEFT + room, right - room)
-    y = _scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
-    parts = _axes(ticks(x_low, x_high, whole=whole_x), ticks(y_low, y_high), x, y, right)
-    middle = _n((TOP + HEIGHT - BOTTOM) / 2)
+    x = scale(x_low, x_high, LEFT + room, right - room, bend)
+    y = scale(y_low, y_high, HEIGHT - BOTTOM, TOP)
+    x_ticks = ticks(x_low, x_high, whole=whole_x)
+    if bend is math.log2:
+        x_ticks = [2.0**i for i in range(math.ceil(x_low), math.floor(x_high) + 1)]
+        # Where the points lie within a doubling, ordinary ticks say more.
+        x_ticks = x_ticks if len(x_ticks) > 1 else ticks(2**x_low, 2**x_high)
+    parts = _axes(x_ticks, ticks(y_low, y_high), x, y, right)
+    middle = coordinate((TOP + HEIGHT - BOTTOM) / 2)
     parts.append(
-        f'<text class="label" x="{_n((LEFT + right) / 2)}" y="{HEIGHT - 6}" '
+        f'<text class="label" x="{coordinate((LEFT + right) / 2)}" y="{HEIGHT - 6}" '
         f'text-anchor="middle">{escape(x_label)}</text>'
         f'<text class="label" transform="translate(15 {middle}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
     if level is not None:
         parts.append(
-            f'<path class="level" d="M{LEFT} {_n(y(level))}H{right}">'
+            f'<path class="level" d="M{LEFT} {coordinate(y(level))}H{right}">'
             f"<title>float: {level:.2f}</title></path>"
-            f'<text x="{right + 5}" y="{_n(y(level) + 4)}">float</text>'
+            f'<text x="{right + 5}" y="{coordinate(y(level) + 4)}">float</text>'
         )
     dots = len(points) <= MOST_DOTS
     places = [[x(p.x) for p in kept] for _, kept in drawn]
@@ -128,7 +133,7 @@ def chart(
     for (s, kept), across in zip(drawn, places, strict=True):
         on_paper = [(at, y(p.y), p) for at, p in zip(across, kept, strict=True)]
         parts += [_series(s, on_paper, y, dots=dots)] if kept else []
-    return _svg("chart", WIDTH, HEIGHT, title, parts)
+    return element("chart", WIDTH, HEIGHT, title, parts)
 
 
 def swatch(series: Series) -> str:
@@ -148,87 +153,7 @@ def swatch(series: Series) -> str:
     )
 
 
-def histogram(
-    counts: Sequence[int],
-    bounds: tuple[float, float],
-    *,
-    span: tuple[float, float],
-    representatives: Sequence[float],
-    title: str,
-) -> str:
-    """Draw where the weights of a layer lie, with the representatives marked below.
-
-    Args:
-        counts: weights in each bin of equal width.
-        bounds: lower edge of the first bin and upper edge of the last.
-        span: the values at the left and right edge of the drawing.
-        representatives: any number; more than `MOST_MARKS` share marks with their neighbors.
-        title: what the drawing shows, for a reader who cannot see it.
-
-    Returns:
-        An <svg> element; heights are relative to its tallest bin.
-    """
-    low, high = span if span[1] > span[0] else (span[0] - 0.5, span[0] + 0.5)
-    x = _scale(low, high, 4, PANEL_WIDTH - 4)
-    tallest = max([*counts, 1])
-    width = (bounds[1] - bounds[0]) / max(len(counts), 1)
-    steps = ""
-    for i, count in enumerate(counts):
-        if count:
-            left, right = x(bounds[0] + i * width), x(bounds[0] + (i + 1) * width)
-            # A bin of few weights, or a narrow one, still shows as a line.
-            height = max(count / tallest * (PANEL_BASE - 6), 1.0)
-            right = max(right, left + 1.2)
-            steps += f"M{_n(left)} {PANEL_BASE}v{_n(-height)}H{_n(right)}V{PANEL_BASE}z"
-    parts = [f'<path class="bins" d="{steps}"/>', *_marks(representatives, x)]
-    parts.append(f'<path class="axis" d="M0 {PANEL_BASE}H{PANEL_WIDTH}"/>')
-    edges = [(low, 4.0, "start"), (high, PANEL_WIDTH - 4.0, "end")]
-    if PANEL_WIDTH * 0.3 < x(0) < PANEL_WIDTH * 0.7:
-        edges.append((0.0, x(0), "middle"))
-    parts += [
-        f'<text x="{_n(at)}" y="{PANEL_HEIGHT - 2}" text-anchor="{anchor}">{value:.3g}</text>'
-        for value, at, anchor in edges
-    ]
-    return _svg("panel", PANEL_WIDTH, PANEL_HEIGHT, title, parts)
-
-
-def usage_bars(usage: Sequence[float], values: Sequence[float], *, title: str) -> str:
-    """Draw the share of weights on each representative, in the order of their values.
-
-    Args:
-        usage: shares that sum to 1; more than `MOST_MARKS` are added up with their neighbors.
-        values: the representatives, as many as shares, or none if they are not known.
-        title: what the drawing shows, for a reader who cannot see it.
-
-    Returns:
-        An <svg> element.
-    """
-    size = -(-len(usage) // MOST_MARKS) or 1
-    sums = [math.fsum(usage[i : i + size]) for i in range(0, len(usage), size)]
-    tallest = max([*sums, 0.0]) or 1.0
-    pitch = (PANEL_WIDTH - 8) / max(len(sums), 1)
-    bar = min(pitch * 0.8, 40.0)
-    shapes: list[str] = []
-    names: list[str] = []
-    for i, share in enumerate(sums):
-        left, height = 4 + (i + 0.5) * pitch - bar / 2, share / tallest * (PANEL_BASE - 6)
-        shapes.append(f"M{_n(left)} {PANEL_BASE}v{_n(-height)}h{_n(bar)}V{PANEL_BASE}z")
-        group = values[i * size : (i + 1) * size] if len(values) == len(usage) else []
-        name = " to ".join(f"{v:.4g}" for v in dict.fromkeys([*group[:1], *group[-1:]]))
-        names.append(f"{name or i + 1}: {share:.1%} of the weights")
-    if len(sums) > MOST_BARS:
-        shapes, names = ["".join(shapes)], [title]
-    parts = [
-        f'<path class="bar" d="{shape}"><title>{escape(name)}</title></path>'
-        for shape, name in zip(shapes, names, strict=True)
-    ]
-    parts.append(f'<path class="axis" d="M0 {PANEL_BASE}H{PANEL_WIDTH}"/>')
-    note = f"highest {max([*sums, 0.0]):.1%}" + (f", {size} a bar" if size > 1 else "")
-    parts.append(f'<text x="4" y="{PANEL_HEIGHT - 2}">{note}</text>')
-    return _svg("panel", PANEL_WIDTH, PANEL_HEIGHT, title, parts)
-
-
-def _svg(kind: str, width: int, height: int, title: str, parts: Iterable[str]) -> str:
+def element(kind: str, width: int, height: int, title: str, parts: Iterable[str]) -> str:
     """Wrap parts into an <svg> element with a name for assistive software."""
     return (
         f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" '
@@ -248,13 +173,13 @@ def _axes(
     parts = [f'<path class="axis" d="M{LEFT} {floor}H{right}"/>']
     for value, name in zip(y_ticks, _names(y_ticks), strict=True):
         parts.append(
-            f'<path class="grid" d="M{LEFT} {_n(y(value))}H{right}"/>'
-            f'<text x="{LEFT - 8}" y="{_n(y(value) + 4)}" text-anchor="end">{name}</text>'
+            f'<path class="grid" d="M{LEFT} {coordinate(y(value))}H{right}"/>'
+            f'<text x="{LEFT - 8}" y="{coordinate(y(value) + 4)}" text-anchor="end">{name}</text>'
         )
     for value, name in zip(x_ticks, _names(x_ticks), strict=True):
         parts.append(
-            f'<path class="axis" d="M{_n(x(value))} {floor}v5"/>'
-            f'<text x="{_n(x(value))}" y="{floor + 21}" text-anchor="middle">{name}</text>'
+            f'<path class="axis" d="M{coordinate(x(value))} {floor}v5"/>'
+            f'<text x="{coordinate(x(value))}" y="{floor + 21}" text-anchor="middle">{name}</text>'
         )
     return parts
 
@@ -292,11 +217,11 @@ def _series(
     parts: list[str] = []
     for across, _, p in points:
         if _spread(p):
-            top, bottom = y(p.y + _spread(p)), y(p.y - _spread(p))
-            parts.append(
-                f'<path class="error" d="M{_n(across - 4)} {_n(top)}h8m-4 0V{_n(bottom)}m-4 0h8"/>'
-            )
-    places = " ".join(f"{_n(across)},{_n(up)}" for across, up, _ in points)
+            ends = (y(p.y + _spread(p)), y(p.y - _spread(p)))
+            top, bottom = map(coordinate, ends)
+            left = coordinate(across - 4)
+            parts.append(f'<path class="error" d="M{left} {top}h8m-4 0V{bottom}m-4 0h8"/>')
+    places = " ".join(f"{coordinate(across)},{coordinate(up)}" for across, up, _ in points)
     parts.append(
         f'<polyline class="{"line" if series.marked else "thin"}" points="{places}" '
         f'stroke-dasharray="{_DASHES[series.dash % len(_DASHES)]}">'
@@ -306,43 +231,20 @@ def _series(
     kind = _kind(series) if series.marked else "dot"
     for across, up, p in points if dots or series.marked else points[-1:]:
         parts.append(
-            f'<path class="{kind}" d="M{_n(across)} {_n(up)}{shape}">'
+            f'<path class="{kind}" d="M{coordinate(across)} {coordinate(up)}{shape}">'
             f"<title>{escape(p.label)}</title></path>"
         )
     return f'<g class="{_style(series)}">{"".join(parts)}</g>'
 
 
-def _marks(representatives: Sequence[float], x: Callable[[float], float]) -> list[str]:
-    """Draw a triangle for each of few representatives, a tick for each cell of many."""
-    cells: dict[float, list[float]] = {}
-    kept = [value for value in representatives if _usable(value)]
-    for value in kept:
-        place = x(value)
-        if len(kept) > MOST_MARKS:
-            pitch = PANEL_WIDTH / MOST_MARKS
-            place = (math.floor(place / pitch) + 0.5) * pitch
-        cells.setdefault(place, []).append(value)
-    shape = "v7" if len(kept) > 16 else "l3.5 7h-7z"
-    parts: list[str] = []
-    for place, values in cells.items():
-        name = f"{values[0]:.4g}"
-        if len(values) > 1:
-            name = f"{len(values)} representatives from {min(values):.4g} to {max(values):.4g}"
-        parts.append(
-            f'<path class="representative" d="M{_n(place)} {PANEL_BASE + 1}{shape}">'
-            f"<title>{name}</title></path>"
-        )
-    return parts
-
-
-def _usable(value: float | None) -> bool:
+def usable(value: float | None) -> bool:
     """Tell whether a value has a place on an axis; a diverged loss of 1e30 or NaN has none."""
     return value is not None and abs(value) < 1e15
 
 
 def _spread(point: Point) -> float:
     """Half the error bar, 0 where there is none."""
-    return point.spread if point.spread is not None and _usable(point.spread) else 0.0
+    return point.spread if point.spread is not None and usable(point.spread) else 0.0
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -350,13 +252,19 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     # A tiny difference is not blown up to fill the axis: 98.60 and 98.61 are nearly one place.
     room = max((high - low) * 0.05, max(abs(low), abs(high)) * 0.002)
-    room = room if high > low else max(abs(high) * 0.05, 0.5)
+    room = room if high > low else abs(high) * 0.05 or 0.5
     return low - room, high + room
 
 
-def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
-    """Make the map of [low, high] onto [start, stop] in user units."""
-    return lambda value: start + (value - low) / (high - low) * (stop - start)
+def scale(
+    low: float,
+    high: float,
+    start: float,
+    stop: float,
+    bend: Callable[[float], float] = float,
+) -> Callable[[float], float]:
+    """Make the map of values, bent, in [low, high] onto [start, stop] in user units."""
+    return lambda value: start + (bend(value) - low) / (high - low) * (stop - start)
 
 
 def _names(values: Sequence[float]) -> list[str]:
@@ -365,7 +273,7 @@ def _names(values: Sequence[float]) -> list[str]:
     return [f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}" for value in values]
 
 
-def _n(value: float) -> str:
+def coordinate(value: float) -> str:
     """Print a coordinate to a tenth of a unit."""
     return f"{value:.1f}".removesuffix(".0")
 
