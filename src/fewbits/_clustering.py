@@ -254,7 +254,7 @@ class Clustering:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """In place: continue from a checkpoint; load the model's own state dict as well.
+        """In place: continue from a checkpoint; load the model's own state dict first.
 
         Args:
             state: what `state_dict` returned under the same plan.
