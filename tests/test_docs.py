@@ -1,0 +1,150 @@
+"""The pages against the code: blocks run, links lead somewhere, names and equations exist."""
+
+import dataclasses
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from fewbits.__main__ import main
+from fewbits.lab.compare import ROW_KEYS
+from fewbits.lab.config import Config, read_toml
+from fewbits.lab.methods import METHODS, REGULARIZERS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+# Pages that promise an example.
+WITH_EXAMPLES = ("README.md", "docs/guide.md", "docs/method.md")
+GUIDE = ROOT / "docs/guide.md"
+METHOD = ROOT / "docs/method.md"
+SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("tests/**/*.py"), *PAGES])
+
+page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(path, language):
+    """(line of the opening fence, text) of every fenced block of a language."""
+    text = path.read_text()
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start()) + 1, match[1]) for match in found]
+
+
+def prose(path):
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def cited_equations(text):
+    """The numbers in "eq. 7", "eqs. 9 and 10", "eqs. 1 to 3"."""
+    numbers = set()
+    for cited in re.findall(r"\beqs?\.\s+(\d+(?:(?:,| and| to)\s+\d+)*)", text):
+        ends = [int(n) for n in re.findall(r"\d+", cited)]
+        numbers |= set(range(ends[0], ends[-1] + 1)) if " to " in cited else set(ends)
+    return numbers
+
+
+@page
+def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
+    module = types.ModuleType(page.stem)
+    monkeypatch.setitem(sys.modules, page.stem, module)  # dataclasses look their module up
+    monkeypatch.chdir(tmp_path)
+    for line, code in blocks(page, "python"):
+        exec(compile("\n" * line + code, str(page), "exec"), vars(module))
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_page_has_an_example(name):
+    assert blocks(ROOT / name, "python")
+
+
+@page
+def test_relative_links_lead_somewhere(page):
+    found = re.findall(r"\]\(([^)\s]+)\)|\b(?:src|href)=\"([^\"]+)\"", prose(page))
+    for link in (a or b for a, b in found):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_equations_and_sections_cited_exist(path):
+    text = path.read_text()
+    missing = {
+        name for name in re.findall(r"\bdocs/[\w/.-]+\.md\b", text) if not (ROOT / name).exists()
+    }
+    assert not missing
+    method = METHOD.read_text()
+    assert cited_equations(text) <= {int(n) for n in re.findall(r"\\tag\{(\d+)\}", method)}
+    sections = set(re.findall(r"^## (\d+)\.", method, re.MULTILINE))
+    assert set(re.findall(r"docs/method\.md, section (\d+)", text)) <= sections
+
+
+def test_equations_are_named_and_numbered_in_order():
+    method = METHOD.read_text()
+    named = re.findall(r"\*\*Eq\. (\d+),", method)
+    assert named == re.findall(r"\\tag\{(\d+)\}", method)
+    assert named == [str(n + 1) for n in range(len(named))]
+
+
+@pytest.fixture
+def helps(monkeypatch, capsys):
+    """The words of `fewbits COMMAND --help`, by command."""
+
+    def read(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fewbits", *arguments, "--help"])
+        main()
+        return capsys.readouterr().out
+
+    commands = re.findall(r"^  ([a-z]+) ", read().partition("Commands:")[2], re.MULTILINE)
+    return {name: set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", read(name))) for name in commands}
+
+
+@page
+def test_commands_and_options_named_exist(page, helps):
+    for _, block in blocks(page, "sh"):
+        for command, rest in re.findall(
+            r"^(?:\S*/)?fewbits ([a-z]+)([^#\n]*)", block, re.MULTILINE
+        ):
+            assert command in helps
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", rest)) <= helps[command]
+    known = set().union({"--help"}, *helps.values())
+    for code in re.findall(r"`([^`\n]+)`", prose(page)):
+        if not code.startswith(("pip ", "make ", "git ", "python ")):
+            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)) <= known, code
+
+
+@page
+def test_toml_blocks_are_configs(page, tmp_path):
+    for _, block in blocks(page, "toml"):
+        (tmp_path / "config.toml").write_text(block)
+        Config(**read_toml(tmp_path / "config.toml"))
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("settings", [field.name for field in dataclasses.fields(Config)]),
+        ("methods", list(METHODS)),
+        ("regularizers", list(REGULARIZERS)),
+        ("keys of a row", list(ROW_KEYS)),
+    ],
+)
+def test_guide_explains_every_name(what, names):
+    explained = re.findall(r"`([^`\n]+)`", prose(GUIDE))
+    assert set(names) <= set(explained), what
+
+
+def test_guide_gives_the_keys_of_a_row_in_their_order():
+    table = prose(GUIDE).partition("### Rows")[2].partition("\n### ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ROW_KEYS
