@@ -20,4 +20,23 @@ from ._quantize import quantize as quantize
 from ._summary import Summary as Summary
 from ._summary import summary as summary
 
+__all__ = [
+    "Clustering",
+    "CodebookError",
+    "FewbitsError",
+    "FileError",
+    "Gap",
+    "Penalty",
+    "Plan",
+    "PlanError",
+    "Proximal",
+    "Summary",
+    "finetune_codebooks",
+    "plan",
+    "quantize",
+    "reestimate_batch_norm",
+    "regularizers",
+    "schedules",
+    "summary",
+]
 __version__ = _version("fewbits")

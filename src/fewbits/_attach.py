@@ -1,10 +1,13 @@
 """One weight with its codebook registered on the layers that own it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ._codebook import boundaries_of, grouped, grouped_like, shares_memory, ungrouped
-from ._errors import CodebookError, PlanError
+from ._codebook import boundaries_of, grouped, grouped_like, shares_memory, std_of, ungrouped
+from ._errors import PlanError
 from ._kernels import compute_dtype, snap
 from ._plan import CODEBOOK_SUFFIX, PlannedWeight
 from ._pull import Pieces
@@ -22,7 +25,8 @@ class Attached:
         strength: the schedule of its pull.
         usage: (G, K) running share of each representative, by rising value.
         unmoved: whether the codebook was the same at the last two looks.
-        switch: the snapped forward's switch.
+        collapse_reported: whether its collapse was warned of.
+        switch: the snapped forward's switch, with the cost of assigning to each representative.
     """
 
     def __init__(
@@ -53,8 +57,9 @@ class Attached:
             for suffix, parameter in self.parameters.items():
                 module.register_parameter(attribute + suffix, parameter)
             install(module, attribute, switch)
-        self.unmoved = False
-        self._last_codebook = self.codebook.detach().clone()
+        self.unmoved = self.collapse_reported = False
+        self._std: tuple[tuple[int, int], Tensor] | None = None
+        self.look()
         self.reset_usage()
 
     @property
@@ -82,6 +87,11 @@ class Attached:
         assert parameter is not None  # ours: registered by __init__
         return parameter
 
+    @property
+    def start(self) -> int:
+        """The first step at which the pull is on: 0 where its schedule begins above zero."""
+        return 0 if self.strength.begin > 0 else self.strength.start
+
     def own_parameters(self) -> list[nn.Parameter]:
         """Return the parameters we registered: the codebook first."""
         module, attribute = self.owners[0]
@@ -89,8 +99,12 @@ class Attached:
         return [parameter for parameter in found if parameter is not None]
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Return the codebook as (G, K) ascending, detached, and the order that sorts it."""
+        """Return the codebook as (G, K) ascending, detached, and the order that sorts it.
+
+        At least float32, though `model.half()` makes the parameter itself narrower.
+        """
         codebook = self.codebook.detach()
+        codebook = codebook.to(compute_dtype(codebook))
         return (codebook if codebook.dim() == 2 else codebook[None]).sort(dim=1)
 
     def write_codebook(self, ordered: Tensor, order: Tensor) -> None:
@@ -121,14 +135,30 @@ class Attached:
         own = {
             n: p.detach().view_as(order).gather(1, order) for n, p in zip(names, extra, strict=True)
         }
-        return Pieces(weight, codebook, self.std(), self.usage, own, step)
+        usage = self.usage.to(codebook.device)
+        return Pieces(weight, codebook, self.std(), usage, own, step)
 
     def std(self) -> Tensor:
-        """Return the standard deviation of the weights, 0-d; 1 where all are equal."""
+        """Return the standard deviation of the weights, 0-d; 1 where all are equal.
+
+        NaN or infinite where a weight is. Kept until the weight is written to.
+        """
         weight = self.weight.detach()
-        std = weight.to(compute_dtype(weight)).std(correction=0) if weight.numel() > 1 else None
-        one = torch.ones((), dtype=compute_dtype(weight), device=weight.device)
-        return one if std is None else torch.where(std > 0, std, one)
+        key = (self.weight._version, weight.data_ptr())
+        if self._std is None or self._std[0] != key:
+            std = std_of(weight)
+            self._std = (key, torch.where(std == 0, torch.ones_like(std), std))
+        return self._std[1]
+
+    def forget_std(self) -> None:
+        """In place: measure the standard deviation anew, for weights written through `.data`."""
+        self._std = None
+
+    def update_cost(self, regularizer: Regularizer) -> None:
+        """In place: make the snapped read assign as the regularizer does, from now on."""
+        cost = regularizer.cost(self.usage)
+        std = None if cost is None else self.std()
+        self.switch.cost = None if std is None or cost is None else cost.to(std) * std.square()
 
     def boundaries(self) -> Tensor:
         """Return where assignment changes, (G, K - 1) ascending."""
@@ -151,10 +181,32 @@ class Attached:
         self.usage = self.usage.to(share.device).lerp(share, 1 - momentum)
 
     def note_movement(self) -> None:
-        """In place: note whether the codebook changed since the last call."""
-        now = self.codebook.detach().clone()
-        self.unmoved = torch.equal(now, self._last_codebook.to(now.device))
-        self._last_codebook = now
+        """In place: note whether the codebook changed since the last look."""
+        now = self.codebook.detach()
+        self.unmoved = torch.equal(now, self._seen.to(now))
+
+    def look(self) -> None:
+        """In place: remember the codebook as it is, for the next `note_movement`."""
+        self._seen = self.codebook.detach().clone()
+
+    def state(self) -> dict[str, Tensor | bool | None]:
+        """Return what a checkpoint needs besides the parameters."""
+        cost = self.switch.cost
+        return {
+            "usage": self.usage.clone(),
+            # Kept and not computed anew: it is of the weights at the end of the last step.
+            "cost": None if cost is None else cost.clone(),
+            "seen": self._seen.clone(),
+            "unmoved": self.unmoved,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """In place: take what `state` returned."""
+        self.usage = state["usage"].to(self.usage).clone()
+        cost = state["cost"]
+        self.switch.cost = None if cost is None else cost.to(self.usage).clone()
+        self._seen = state["seen"].to(self._seen).clone()
+        self.unmoved = bool(state["unmoved"])
 
     def detach(self) -> None:
         """In place: remove everything we registered on the owners."""
@@ -162,14 +214,3 @@ class Attached:
             uninstall(module)
             for suffix in self.parameters:
                 module._parameters.pop(attribute + suffix, None)
-
-
-def check_finite(name: str, weight: Tensor) -> None:
-    """Raise a `CodebookError` if a weight holds NaN or infinity."""
-    finite = torch.isfinite(weight)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
-        raise CodebookError(
-            f"{name}: {bad:,} of {weight.numel():,} weights are NaN or infinite."
-            " Load a good checkpoint, or lower the learning rate that led here."
-        )

@@ -1,35 +1,28 @@
 """`Clustering`: the codebooks of a model, and everything that happens to them in training."""
 
-import fnmatch
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._attach import Attached, check_finite
-from ._codebook import INITS, Init, grouped, initial_codebook, split_largest
-from ._errors import CodebookError, PlanError, did_you_mean
+from ._attach import Attached
+from ._care import check_numbers, look_after
+from ._codebook import INITS, Init, check_finite, grouped, initial_codebook
+from ._errors import PlanError, did_you_mean
 from ._gap import Gap, LayerGap, layer_gap
 from ._kernels import assign, cluster_sums, count
 from ._penalty import PenaltyFunction, Terms, WeightHook
-from ._plan import Plan, PlannedWeight
-from ._plan import plan as make_plan
+from ._plan import Plan, carried_out, unwrapped
 from ._pull import Penalty, Proximal, proximal_step
+from ._resolve import difference, strengths_of
 from ._snapped import Switch
 from .regularizers import Nearest, Regularizer
-from .schedules import Schedule, as_schedule, constant
-
-log = logging.getLogger("fewbits")
 
 # Steps between two looks at the health of the codebooks: a full assignment costs about 5 ns a
 # weight, so every 50 steps it is lost in the noise of a step.
 CARE_EVERY = 50
-# Representatives revived in one layer at one look; each costs a pass over the layer.
-MOST_REVIVED = 16
 # Weight of the past in the running usage: about the last ten steps count.
 USAGE_MOMENTUM = 0.9
 
@@ -84,32 +77,39 @@ class Clustering:
         init: Init = "kmeans",
         snapped_forward: bool = True,
     ):
-        self.model = model
-        self.plan = _the_plan(model, bits, k, plan)
-        self.regularizer = Nearest() if regularizer is None else regularizer
-        self.pull, self.init, self.snapped_forward = pull, init, snapped_forward
-        if init not in INITS:
-            raise PlanError(f"init is {init!r}.{did_you_mean(init, INITS)} Use one of {INITS}.")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise PlanError(
+                "the model is wrapped in DistributedDataParallel, which would not synchronize"
+                " codebooks that come later. Attach Clustering first, then wrap the model."
+            )
+        self.model = unwrapped(model)
+        self.regularizer: Regularizer = Nearest() if regularizer is None else regularizer
+        self.pull, self.snapped_forward = pull, snapped_forward
+        self.init: Init = init
+        _check_choices(self.regularizer, pull, init)
+        self.plan = carried_out(self.model, bits, k, plan)
         self.steps = 0
         self._hardened = False
-        self._last: list[tuple[str, Tensor]] = []
-        self._collapsed: set[str] = set()
-        strengths = _strengths(self.plan, pull)
-        weights = dict(model.named_parameters(remove_duplicate=False))
+        self._last_penalties: list[tuple[Attached, Tensor]] = []
+        self._last_counts: list[tuple[Attached, Tensor]] = []
+        strengths = strengths_of(self.plan, pull)
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
         for planned in self.plan.selected:
-            check_finite(planned.name, weights[planned.name])
-        how = pull.codebook_gradient if pull else "mean"
-        self._layers: list[Attached] = []
+            check_finite(planned.name, weights[planned.name].detach())
+        codebooks = []  # all of them before the model is touched
         for planned in self.plan.selected:
             view = grouped(weights[planned.name].detach(), planned.groups, planned.axis)
-            codebook = self.regularizer.project(initial_codebook(view, planned.k, init))
+            codebooks.append(self.regularizer.project(initial_codebook(view, planned.k, init)))
+        how = pull.codebook_gradient if pull else "mean"
+        self._layers: list[Attached] = []
+        for planned, codebook in zip(self.plan.selected, codebooks, strict=True):
+            switch = Switch(False, planned.axis, how)
             strength = strengths[planned.name]
-            switch = Switch(snapped_forward and strength.start <= 0, planned.axis, how)
-            self._layers.append(
-                Attached(model, planned, codebook, self.regularizer, strength, switch)
-            )
+            layer = Attached(self.model, planned, codebook, self.regularizer, strength, switch)
+            switch.active = snapped_forward and layer.start == 0
+            layer.update_cost(self.regularizer)
+            self._layers.append(layer)
         self._hooks = [WeightHook(layer, self.regularizer) for layer in self._layers]
-        self._update_costs()
 
     # -- the three lines ------------------------------------------------------------------------
 
@@ -129,8 +129,9 @@ class Clustering:
         pull = self.pull if isinstance(self.pull, Penalty) else None
         device = self._layers[0].weight.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            terms = Terms(self._hooks, self.steps, pull, USAGE_MOMENTUM)
-        self._last = terms.values
+            terms = Terms(self._hooks, self.steps, pull)
+        # Taken into account by step(): asking for the loss changes nothing.
+        self._last_penalties, self._last_counts = terms.values, terms.counts
         tensors = [t for layer in self._layers for t in (layer.weight, *layer.own_parameters())]
         return PenaltyFunction.apply(self._hooks, terms, *tensors)
 
@@ -142,21 +143,29 @@ class Clustering:
         in the form the regularizer allows, and revives dead representatives from time to time.
 
         Raises:
-            CodebookError: if the last penalty or a codebook became NaN or infinite.
+            CodebookError: if weights, a codebook or the last penalty became NaN or infinite.
         """
         self._check_active("step")
-        self._check_last()
         for layer in self._layers:
-            if isinstance(self.pull, Proximal) and self.steps >= layer.strength.start:
+            layer.forget_std()
+        penalties, self._last_penalties = self._last_penalties, []
+        check_numbers(self._layers, penalties, self.steps)
+        for layer, counts in self._last_counts:
+            layer.note_usage(counts, USAGE_MOMENTUM)
+        self._last_counts = []
+        for layer in self._layers:
+            if isinstance(self.pull, Proximal) and layer.weight.requires_grad:
                 self._apply_proximal(layer, self.pull)
         self.steps += 1
         for layer in self._layers:
-            if layer.strength.start == self.steps:
+            if layer.start == self.steps:
                 self._start(layer)
             self._project(layer)
-        if self.steps % CARE_EVERY == 0:
-            self._care()
-        self._update_costs()
+            if self.steps % CARE_EVERY == 0 and self.steps > layer.start:
+                counts = look_after(layer, self.steps, revive=self.regularizer.revives)
+                if self.pull is None:
+                    layer.note_usage(counts, USAGE_MOMENTUM)
+            layer.update_cost(self.regularizer)
 
     @torch.no_grad()
     def harden(self) -> None:
@@ -171,12 +180,12 @@ class Clustering:
         """
         self._check_active("harden")
         for layer in self._layers:
-            check_finite(layer.name, layer.weight)
-            check_finite(layer.name + " codebook", layer.codebook)
+            check_finite(layer.name, layer.weight.detach())
+            check_finite(layer.name + " codebook", layer.codebook.detach())
         for layer in self._layers:
             layer.weight.copy_(layer.snap())
         for hook in self._hooks:
-            hook.handle.remove()
+            hook.remove()
         for layer in self._layers:
             layer.detach()
         self._hardened = True
@@ -250,11 +259,13 @@ class Clustering:
         return {
             "plan": self.plan.fingerprint(),
             "steps": self.steps,
-            "usage": {layer.name: layer.usage.clone() for layer in self._layers},
+            "layers": {layer.name: layer.state() for layer in self._layers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """In place: continue from a checkpoint; load the model's own state dict first.
+        """In place: continue from a checkpoint.
+
+        Load the model's own state dict as well, before or after.
 
         Args:
             state: what `state_dict` returned under the same plan.
@@ -263,7 +274,7 @@ class Clustering:
             PlanError: if the checkpoint is from another plan; nothing is then changed.
         """
         self._check_active("load_state_dict")
-        missing = {"plan", "steps", "usage"} - set(state)
+        missing = {"plan", "steps", "layers"} - set(state)
         if missing:
             raise PlanError(
                 f"not a state of Clustering: {', '.join(sorted(missing))} missing."
@@ -273,16 +284,15 @@ class Clustering:
         if ours != theirs:
             raise PlanError(
                 "the checkpoint is from another plan: "
-                + _difference(theirs, ours)
+                + difference(theirs, ours)
                 + " Attach with the plan it was made with."
             )
         self.steps = int(state["steps"])
         for layer in self._layers:
-            layer.usage = state["usage"][layer.name].to(layer.usage).clone()
-            layer.switch.active = self.snapped_forward and self.steps >= layer.strength.start
-        self._update_costs()
+            layer.load_state(state["layers"][layer.name])
+            layer.switch.active = self.snapped_forward and self.steps >= layer.start
 
-    # -- care -----------------------------------------------------------------------------------
+    # -- parts of a step ------------------------------------------------------------------------
 
     def _apply_proximal(self, layer: Attached, pull: Proximal) -> None:
         amount = layer.strength(self.steps)
@@ -302,10 +312,10 @@ class Clustering:
 
     def _start(self, layer: Attached) -> None:
         """The pull switches on: begin from the weights as they are now."""
-        check_finite(layer.name, layer.weight)
         codebook, order = layer.rows()
         fresh = initial_codebook(layer.view(), codebook.shape[1], self.init)
-        layer.write_codebook(fresh.to(codebook.dtype), order)
+        layer.write_codebook(fresh, order)
+        layer.look()
         layer.reset_usage()
         layer.switch.active = self.snapped_forward
 
@@ -315,124 +325,17 @@ class Clustering:
         if allowed is not codebook:
             layer.write_codebook(allowed, order)
 
-    def _care(self) -> None:
-        for layer in self._layers:
-            check_finite(layer.name + " codebook", layer.codebook)
-            layer.note_movement()
-            codebook, order = layer.rows()
-            k = codebook.shape[1]
-            view = layer.view()
-            counts = count(assign(view, layer.boundaries()), k)
-            if not isinstance(self.pull, (Penalty, Proximal)):
-                layer.note_usage(counts, USAGE_MOMENTUM)
-            if k > 1 and bool((counts > 0).sum(1).eq(1).all()):
-                self._report_collapse(layer)
-            dead = counts == 0
-            if self.regularizer.revives and bool(dead.any()):
-                self._revive(layer, view, codebook, order, dead)
-
-    def _report_collapse(self, layer: Attached) -> None:
-        if layer.name not in self._collapsed:
-            self._collapsed.add(layer.name)
-            warnings.warn(
-                f"{layer.name}: all weights share one representative at step {self.steps}."
-                " Lower the strength, or start the pull later.",
-                stacklevel=3,
-            )
-
-    def _revive(
-        self, layer: Attached, view: Tensor, codebook: Tensor, order: Tensor, dead: Tensor
-    ) -> None:
-        fresh = codebook.clone()
-        for group in dead.any(1).nonzero().flatten().tolist():
-            first = dead[group] & (dead[group].cumsum(0) <= MOST_REVIVED)
-            row = slice(group, group + 1)
-            indices = assign(view[row], layer.boundaries()[row])
-            fresh[row] = split_largest(view[row], codebook[row], first, indices)
-        revived = int((fresh != codebook).logical_and(dead).sum())
-        if revived:
-            layer.write_codebook(fresh, order)
-            log.info(
-                "%s: revived %d of %d dead representatives at step %d",
-                layer.name,
-                revived,
-                int(dead.sum()),
-                self.steps,
-            )
-
-    def _update_costs(self) -> None:
-        """In place: give the snapped read the same assignment as the regularizer's."""
-        for layer in self._layers:
-            cost = self.regularizer.cost(layer.usage)
-            layer.switch.cost = None if cost is None else cost * layer.std().square()
-
-    # -- checks ---------------------------------------------------------------------------------
-
     def _check_active(self, what: str) -> None:
         if self._hardened:
             raise PlanError(f"{what}() after harden(): nothing is attached any more.")
 
-    def _check_last(self) -> None:
-        last, self._last = self._last, []
-        if last and not bool(torch.stack([v.cpu() for _, v in last]).isfinite().all()):
-            name = next(n for n, v in last if not bool(v.isfinite()))
-            raise CodebookError(
-                f"{name}: the penalty is NaN or infinite at step {self.steps}."
-                " Its weights have diverged: lower the learning rate or the strength."
-            )
 
-
-def _the_plan(model: nn.Module, bits: int | None, k: int | None, plan: Plan | None) -> Plan:
-    given = [n for n, v in (("bits", bits), ("k", k), ("plan", plan)) if v is not None]
-    if len(given) != 1:
+def _check_choices(regularizer: object, pull: object, init: object) -> None:
+    if not isinstance(regularizer, Regularizer):
         raise PlanError(
-            f"give exactly one of bits, k and plan; given: {', '.join(given) or 'none'}."
+            f"regularizer is {regularizer!r}. Pass an object such as regularizers.Nearest()."
         )
-    if plan is None:
-        plan = make_plan(model, bits=bits, k=k)
-        for note in plan.notes:
-            warnings.warn(note, stacklevel=3)
-        return plan
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    for planned in plan.selected:
-        if planned.name + "_codebook" in shapes:
-            make_plan(model, k=1)  # raises: attached twice
-        if shapes.get(planned.name) != planned.shape:
-            raise PlanError(
-                f"{planned.name}: the plan says shape {planned.shape}, the model has"
-                f" {shapes.get(planned.name, 'no such weight')}. Make the plan from this model."
-            )
-    return plan
-
-
-def _strengths(plan: Plan, pull: Penalty | Proximal | None) -> dict[str, Schedule]:
-    if pull is None:
-        return {planned.name: constant(0.0) for planned in plan.selected}
-    if not isinstance(pull.strength, Mapping):
-        return {planned.name: as_schedule(pull.strength) for planned in plan.selected}
-    result = {planned.name: constant(0.0) for planned in plan.selected}
-    for pattern, value in pull.strength.items():
-        hits = [p for p in plan.selected if _strength_matches(p, pattern)]
-        if not hits:
-            near = did_you_mean(pattern, (p.name for p in plan.selected))
-            raise PlanError(f"strength: no clustered weight matches {pattern!r}.{near}")
-        result |= {planned.name: as_schedule(value) for planned in hits}
-    return result
-
-
-def _strength_matches(planned: PlannedWeight, pattern: str) -> bool:
-    layer = planned.name.rpartition(".")[0]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (planned.name, layer))
-
-
-def _difference(theirs: Iterable[list], ours: Iterable[list]) -> str:
-    before, now = ({row[0]: row[1:] for row in rows} for rows in (theirs, ours))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            keys = ("shape", "k", "groups", "axis")
-            parts = [
-                "absent" if row is None else ", ".join(f"{a} {b}" for a, b in zip(keys, row))
-                for row in (before.get(name), now.get(name))
-            ]
-            return f"{name} was {parts[0]}, is {parts[1]}."
-    return "the order of the weights differs."
+    if pull is not None and not isinstance(pull, (Penalty, Proximal)):
+        raise PlanError(f"pull is {pull!r}. Pass fewbits.Penalty(…), fewbits.Proximal(…) or None.")
+    if init not in INITS:
+        raise PlanError(f"init is {init!r}.{did_you_mean(str(init), INITS)} Use one of {INITS}.")

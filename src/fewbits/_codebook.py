@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._kernels import accumulate, gather, midpoints, snap
+from ._errors import CodebookError
+from ._kernels import PIECE, accumulate, compute_dtype, gather, midpoints, snap
 from ._kmeans import kmeans
 
 Init = Literal["kmeans", "quantile", "uniform"]
@@ -53,6 +54,44 @@ def _memory_order(tensor: Tensor) -> list[int]:
 def shares_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors lie in the same storage: whether `grouped` gave a view."""
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def check_finite(name: str, values: Tensor, when: str = "") -> None:
+    """Raise a `CodebookError` if a weight or codebook holds NaN or infinity."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise CodebookError(
+            f"{name}: {bad:,} of {values.numel():,} values are NaN or infinite{when}."
+            " Load a good checkpoint, or lower the learning rate that led here."
+        )
+
+
+def std_of(weight: Tensor) -> Tensor:
+    """Return the standard deviation of all weights together, in one pass without a copy.
+
+    Args:
+        weight: any shape, floating point.
+
+    Returns:
+        0-d float32, float64 for float64 weights; 0 where all are equal, NaN or infinite where a
+        weight is.
+    """
+    dtype = compute_dtype(weight)
+    if weight.numel() < 2:
+        return (weight.to(dtype).sum() * 0).detach()
+    if weight.dtype == dtype:
+        return weight.std(correction=0)
+    flat = grouped(weight, 1, 0)[0]
+    # Shifted by one of the weights, so that equal weights give exactly 0.
+    first = flat[0].double()
+    total, squares = torch.zeros_like(first), torch.zeros_like(first)
+    for part in flat.split(PIECE):
+        shifted = part.double() - first
+        total += shifted.sum()
+        squares += shifted.square().sum()
+    size = flat.numel()
+    return (squares / size - (total / size).square()).clamp(min=0).sqrt().to(dtype)
 
 
 def initial_codebook(weight: Tensor, k: int, init: Init) -> Tensor:

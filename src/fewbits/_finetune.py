@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ._codebook import grouped, ungrouped
-from ._errors import PlanError
-from ._kernels import accumulate, gather, index_dtype
-from ._plan import Plan
+from ._codebook import grouped, std_of, ungrouped
+from ._errors import CodebookError, PlanError
+from ._kernels import accumulate, compute_dtype, gather, index_dtype
+from ._plan import Plan, unwrapped
 from ._plan import plan as make_plan
 from ._summary import summary
 
@@ -26,8 +27,8 @@ class _Shared(torch.autograd.Function):
         return gather(codebook, indices)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        (indices,) = ctx.saved_tensors
+    def backward(ctx, *grad_outputs: Tensor):
+        (indices,), (gradient,) = ctx.saved_tensors, grad_outputs
         _, sums = accumulate(gradient, indices, ctx.shape[1])
         return sums.to(gradient.dtype), None
 
@@ -40,14 +41,15 @@ class _SharedWeight:
         view = grouped(weight.detach(), groups, axis)
         found = [torch.unique(row, return_inverse=True) for row in view]
         k = max(len(values) for values, _ in found)
-        self.codebook = torch.stack([torch.cat([v, v[-1:].expand(k - len(v))]) for v, _ in found])
-        self.codebook.requires_grad_()
+        codebook = torch.stack([torch.cat([v, v[-1:].expand(k - len(v))]) for v, _ in found])
+        # At least float32: a step of Adam is lost in a float16 number, and its eps is zero there.
+        self.codebook = codebook.to(compute_dtype(codebook)).requires_grad_()
         self.indices = torch.stack([i for _, i in found]).to(index_dtype(k))
-        std = view.float().std(correction=0)
+        std = std_of(view)
         self.std = float(std) if std > 0 else 1.0
 
     def read(self) -> Tensor:
-        values = _Shared.apply(self.codebook, self.indices)
+        values = _Shared.apply(self.codebook, self.indices).to(self.weight.dtype)
         return ungrouped(values, self.weight, self.groups, self.axis)
 
 
@@ -74,10 +76,12 @@ def finetune_codebooks(
 
     Raises:
         PlanError: if no weight of the model has few distinct values.
+        CodebookError: if a loss is NaN or infinite; the weights are then unchanged.
 
     References:
         Han, Mao & Dally, "Deep Compression" (ICLR 2016); docs/method.md, eq. 11.
     """
+    model = unwrapped(model)
     shared = _shared_weights(model, plan)
     values = {id(s.weight) for s in shared.values()}
     free = [
@@ -88,10 +92,15 @@ def finetune_codebooks(
     ]
     groups += [{"params": free, "lr": lr}] if free else []
     optimizer = torch.optim.Adam(groups)
-    for inputs, target in batches:
+    for step, (inputs, target) in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         weights = {name: s.read() for name, s in shared.items()}
-        loss(functional_call(model, weights, (inputs,)), target).backward()
+        value = loss(functional_call(model, weights, (inputs,)), target)
+        if not bool(value.isfinite()):
+            raise CodebookError(
+                f"finetune_codebooks: the loss is {float(value)} at step {step}. Lower lr."
+            )
+        value.backward()
         optimizer.step()
     with torch.no_grad():
         for s in shared.values():
@@ -99,7 +108,7 @@ def finetune_codebooks(
 
 
 def _shared_weights(model: nn.Module, plan: Plan | None) -> dict[str, _SharedWeight]:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     if plan is not None:
         rows = [(w.name, w.groups, w.axis) for w in plan.selected]
     else:
@@ -126,16 +135,23 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Returns:
         The number of batch-norm layers re-estimated; 0 leaves `batches` unread.
+
+    Raises:
+        PlanError: if there is no batch; the statistics are then unchanged.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [m for m in norms if m.track_running_stats]
     if not norms:
         return 0
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise PlanError("reestimate_batch_norm: there is no batch. Pass a few training batches.")
     with _only_training(model, norms):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the cumulative average
-        for batch in batches:
+        for batch in chain([first], stream):
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     return len(norms)
 

@@ -16,8 +16,8 @@ REFINEMENTS = 5
 def kmeans(weight: Tensor, k: int) -> Tensor:
     """Return the k means of least squared error for each row.
 
-    Exact where a row has at most 4,096 weights (fewer where k or the number of rows is large: 256 at
-    the least, so that the tables stay small).
+    Exact where a row has at most 4,096 weights (fewer where k or the number of rows is large: 256
+    at the least, so that the tables stay small).
     Larger rows are binned, the bins clustered exactly using the true sums of their weights, and
     the means refined by Lloyd's iterations on all weights.
 

@@ -45,6 +45,14 @@ class WeightHook:
             add_weight_gradient(self.regularizer, layer, factor, view)
         self.attached.write_view(weight.grad, view)
 
+    def remove(self) -> None:
+        """In place: take the hook off the weight, and the list of hooks if that leaves it empty."""
+        self.handle.remove()
+        weight = self.attached.weight
+        if not weight._post_accumulate_grad_hooks:
+            # As torch has it for a tensor that never had a hook; its stubs do not say so.
+            weight._post_accumulate_grad_hooks = None  # pyright: ignore[reportAttributeAccessIssue]
+
     def flush(self) -> None:
         """In place: pay what is still owed: torch before 2.10 skips hooks without a gradient."""
         self._add(self.attached.weight)
@@ -62,8 +70,10 @@ class PenaltyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor):
+    # The decorator's stub makes ctx positional-only; the base class calls it positionally.
+    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the codebooks' gradients; leave the weights' to their hooks where they run."""
+        (gradient,) = grad_outputs
         tensors = ctx.saved_tensors  # raises if a weight or codebook was changed in between
         result: list[Tensor | None] = []
         owed = []
@@ -89,8 +99,13 @@ class PenaltyFunction(torch.autograd.Function):
             ]
         if owed:
             engine = torch.autograd.Variable._execution_engine  # pyright: ignore
-            engine.queue_callback(lambda: [hook.flush() for hook in owed])
+            engine.queue_callback(lambda: _flush(owed))
         return (None, None, *result)
+
+
+def _flush(hooks: Sequence[WeightHook]) -> None:
+    for hook in hooks:
+        hook.flush()
 
 
 def _accumulates(weight: Tensor) -> bool:
@@ -108,7 +123,8 @@ class Terms:
     Attributes:
         rows: per layer its hook, its pieces (None without a strength), the strength, and the
             gradients of its own parameters, already multiplied by the strength.
-        values: (name, strength x R) of the layers that have a strength, 0-d float64.
+        values: (layer, strength x R) of the layers that have a strength, 0-d float64.
+        counts: (layer, members of each representative) of the same, (G, K) float64.
     """
 
     def __init__(
@@ -116,10 +132,10 @@ class Terms:
         hooks: Sequence[WeightHook],
         step: int,
         pull: Penalty | None,
-        momentum: float,
     ):
         self.rows: list[tuple[WeightHook, Pieces | None, float | Tensor, list[Tensor]]] = []
-        self.values: list[tuple[str, Tensor]] = []
+        self.values: list[tuple[Attached, Tensor]] = []
+        self.counts: list[tuple[Attached, Tensor]] = []
         for hook in hooks:
             attached = hook.attached
             own = attached.own_parameters()
@@ -129,9 +145,8 @@ class Terms:
                 continue
             layer = attached.pieces(step)
             value, counts, gradients = evaluate(hook.regularizer, layer)
-            attached.note_usage(counts, momentum)
             gradients["codebook"] = reduce_codebook_gradient(
-                gradients["codebook"], counts, pull.codebook_gradient
+                gradients["codebook"], hook.regularizer.members(counts), pull.codebook_gradient
             )
             if pull.even_rate:
                 strength = strength * layer.weight.numel() * layer.std.square()
@@ -141,7 +156,8 @@ class Terms:
                 for name, parameter in zip(gradients, own, strict=True)
             ]
             self.rows.append((hook, layer, strength, grads))
-            self.values.append((attached.name, strength * value))
+            self.values.append((attached, strength * value))
+            self.counts.append((attached, counts))
 
     def total(self, like: Tensor) -> Tensor:
         """Return the sum over layers, 0-d, on the device of `like`, float32 at least."""

@@ -1,24 +1,34 @@
 """Which weights are clustered, on how many values, at what granularity: the dry run."""
 
-import fnmatch
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from ._errors import PlanError, did_you_mean
+from ._errors import PlanError
+from ._rules import Granularity as Granularity
+from ._rules import (
+    Overrides,
+    Pattern,
+    check_channels,
+    check_granularity,
+    check_rules,
+    exactly_one,
+    settings_of,
+    values_for,
+)
+from ._rules import check_k as check_k
 
-Granularity = Literal["layer", "channel", "group"]
-Rule = Mapping[str, Any] | None
-Overrides = Mapping[str | type[nn.Module], Rule]
-
-MOST_VALUES = 65_536
-_RULE_KEYS = ("k", "bits", "granularity", "channels_per_group")
+# Ends the name of the codebook's parameter: `weight` has `weight_codebook` beside it.
+CODEBOOK_SUFFIX = "_codebook"
 
 # Weight names and the axis of their output channels (rows of an embedding), by module type.
+# A transposed convolution with `groups` holds one output channel of each group in a slice of its
+# axis: those share a codebook at granularity "channel".
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], tuple[str, ...], int], ...] = (
     ((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Bilinear), ("weight",), 0),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("weight",), 1),
@@ -118,35 +128,6 @@ class Plan:
         return [[w.name, list(w.shape), w.k, w.groups, w.axis] for w in self.selected]
 
 
-def check_k(k: object, where: str = "") -> int:
-    """Return `k` as an integer, or raise a `PlanError` that says what is wrong with it."""
-    place = f" for {where}" if where else ""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise PlanError(f"k is {k!r}{place}. Give a whole number from 1 to {MOST_VALUES:,}.")
-    if not 1 <= k <= MOST_VALUES:
-        raise PlanError(f"k is {k}{place}. Give a whole number from 1 to {MOST_VALUES:,}.")
-    return k
-
-
-def values_for(bits: object, k: object, where: str = "") -> int:
-    """Return the number of values from exactly one of `bits` and `k`.
-
-    Raises:
-        PlanError: if both or neither are given, or the one given is out of range.
-    """
-    place = f" for {where}" if where else ""
-    if (bits is None) == (k is None):
-        given = "neither is" if bits is None else f"both bits={bits!r} and k={k!r} are"
-        raise PlanError(f"give exactly one of bits and k{place}; {given} given.")
-    if k is not None:
-        return check_k(k, where)
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= 16:
-        raise PlanError(
-            f"bits is {bits!r}{place}. Give a whole number from 0 to 16, or k= for other counts."
-        )
-    return 2**bits
-
-
 def plan(
     model: nn.Module,
     *,
@@ -167,13 +148,14 @@ def plan(
         overrides: rules by glob on the layer's name ("classifier.*") or by module type
             (`nn.Embedding`, or "type:Embedding" as a string), later ones winning: a mapping with
             any of `k`, `bits`, `granularity`, `channels_per_group`, or None to leave it alone.
+            A tied weight follows the rules of every layer that holds it.
 
     Returns:
         The plan. A weight that cannot be clustered is listed as skipped with the reason.
 
     Raises:
-        PlanError: if a number is out of range, a pattern matches nothing, a rule names an unknown
-            key or a layer that cannot be clustered, or nothing is left to cluster.
+        PlanError: if a number is out of range, a pattern matches no layer with parameters, a rule
+            has an unknown key, the model is clustered already, or nothing is left to cluster.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
@@ -187,60 +169,128 @@ def plan(
     """
     base = {
         "k": values_for(bits, k),
-        "granularity": _check_granularity(granularity),
+        "granularity": check_granularity(granularity),
         "channels_per_group": channels_per_group,
     }
-    _attached(model)
+    if granularity == "group":
+        check_channels(channels_per_group)
+    model = unwrapped(model)
+    _refuse_attached(model)
     rules = dict(overrides or {})
-    modules = dict(model.named_modules())
-    for pattern, rule in rules.items():
-        _check_rule(pattern, rule, modules)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    check_rules(rules, {name: m for name, m in modules.items() if m._parameters})
 
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    candidates = {name: (module, axis) for name, module, axis in _candidates(model)}
-    selected, skipped, notes, excluded = [], [], [], set()
+    candidates = {name: (module, axis) for name, module, axis in _candidates(modules)}
+    selected: list[PlannedWeight] = []
+    skipped: list[SkippedWeight] = []
+    notes: list[str] = []
     for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
         aliases = names[id(parameter)]
         owner = next((a for a in aliases if a in candidates), None)
         if owner is None:
-            skipped.append(SkippedWeight(name, shape, _why_not_a_candidate(modules, name)))
+            why = _why_not_a_candidate(modules, name)
+            skipped.append(SkippedWeight(name, _shape(parameter), why))
             continue
-        module, axis = candidates[owner]
-        settings, pattern = _settings(base, rules, modules, aliases)
-        reason = _why_unfit(parameter)
-        if settings is None:
-            skipped.append(SkippedWeight(name, shape, f"excluded by {pattern!r}"))
-            excluded.add(name)
+        layers = {a.rpartition(".")[0]: modules[a.rpartition(".")[0]] for a in aliases}
+        settings, pattern = settings_of(base, rules, layers)
+        row = _decide(owner, parameter, *candidates[owner], aliases, settings, pattern)
+        if isinstance(row, SkippedWeight):
+            skipped.append(row)
             continue
-        groups, why = _groups(settings, shape[axis] if shape else 0)
-        reason = reason or why
-        if reason:
-            if pattern == owner.rpartition(".")[0]:
-                raise PlanError(
-                    f"{pattern!r} asks for {owner}, which cannot be clustered: {reason}."
-                )
-            skipped.append(SkippedWeight(name, shape, reason))
-            continue
-        count = settings["k"]
-        per_group = math.prod(shape) // groups
-        if count > per_group:
-            notes.append(f"{owner}: k lowered from {count:,} to its {per_group:,} weights")
-            count = per_group
-        others = tuple(a for a in aliases if a != owner)
-        kind = type(module).__name__
-        grain = settings["granularity"]
-        selected.append(PlannedWeight(owner, kind, shape, count, grain, groups, axis, others))
+        selected.append(row)
+        if settings is not None and row.k < settings["k"]:
+            notes.append(f"{owner}: k lowered from {settings['k']:,} to its {row.k:,} weights")
     if not selected:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "it has no parameters"
-        raise PlanError(f"{type(model).__name__} has nothing to cluster ({reasons}).")
+        raise PlanError(
+            f"{type(model).__name__} has nothing to cluster ({reasons}). Give a model with a"
+            " trainable weight of a layer type that is clustered."
+        )
     return Plan(tuple(selected), tuple(skipped), tuple(notes))
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    for prefix, module in model.named_modules(remove_duplicate=False):
+def carried_out(model: nn.Module, bits: int | None, k: int | None, plan_: Plan | None) -> Plan:
+    """Return the plan to carry out on `model`, checked against it; warn of what was adjusted.
+
+    Args:
+        model: the module that will be changed.
+        bits: as in `plan`.
+        k: as in `plan`.
+        plan_: a plan made before instead. Exactly one of the three.
+
+    Raises:
+        PlanError: if not exactly one is given, or the plan does not fit the model.
+    """
+    exactly_one(bits, k, plan_)
+    if plan_ is None:
+        plan_ = plan(model, bits=bits, k=k)
+    elif not isinstance(plan_, Plan):
+        raise PlanError(f"plan is {plan_!r}. Pass what fewbits.plan(model, …) returned.")
+    _refuse_attached(model)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for row in plan_.selected:
+        weight = weights.get(row.name)
+        if weight is None or tuple(weight.shape) != row.shape:
+            now = "no such weight" if weight is None else tuple(weight.shape)
+            raise PlanError(
+                f"{row.name}: the plan says shape {row.shape}, the model has {now}."
+                " Make the plan from this model."
+            )
+        reason = _why_unfit(model.get_submodule(row.name.rpartition(".")[0]), weight)
+        if reason:
+            raise PlanError(f"{row.name}: since the plan was made: {reason}. Make a new plan.")
+    for note in plan_.notes:
+        warnings.warn(note, stacklevel=4)
+    return plan_
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's module where torch.compile has wrapped it; both share all parameters."""
+    while type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod")
+    return model
+
+
+def _decide(
+    name: str,
+    parameter: nn.Parameter,
+    module: nn.Module,
+    axis: int,
+    aliases: list[str],
+    settings: Mapping[str, Any] | None,
+    pattern: Pattern | None,
+) -> PlannedWeight | SkippedWeight:
+    """Plan one weight of a layer type that is clustered, or say why it is left alone."""
+    shape = _shape(parameter)
+    if settings is None:
+        rule = pattern.__name__ if isinstance(pattern, type) else repr(pattern)
+        return SkippedWeight(name, shape, f"excluded by {rule}")
+    groups, reason = 1, _why_unfit(module, parameter)
+    if reason is None:
+        groups, reason = _groups(settings, shape[axis])
+    if reason is not None:
+        return SkippedWeight(name, shape, reason)
+    return PlannedWeight(
+        name=name,
+        module_type=type(module).__name__,
+        shape=shape,
+        k=min(settings["k"], math.prod(shape) // groups),
+        granularity=settings["granularity"],
+        groups=groups,
+        axis=axis,
+        aliases=tuple(a for a in aliases if a != name),
+    )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+
+
+def _candidates(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module, int]]:
+    for prefix, module in modules.items():
         for attribute, axis in _weights_of(module):
             if module._parameters.get(attribute) is not None:
                 yield f"{prefix}.{attribute}" if prefix else attribute, module, axis
@@ -270,9 +320,9 @@ def _why_not_a_candidate(modules: dict[str, nn.Module], name: str) -> str:
     return f"not a weight of a layer type that is clustered ({kind})"
 
 
-def _why_unfit(parameter: nn.Parameter) -> str | None:
+def _why_unfit(module: nn.Module, parameter: nn.Parameter) -> str | None:
     """Return why a weight of the right layer type cannot be clustered, or nothing."""
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(parameter):
         return "not initialized yet; run one batch through the model first"
     if parameter.layout != torch.strided:
         return f"sparse ({parameter.layout}); convert it with .to_dense()"
@@ -288,6 +338,8 @@ def _why_unfit(parameter: nn.Parameter) -> str | None:
         return "empty"
     if not parameter.requires_grad:
         return "frozen (requires_grad is False)"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        return "its gradients are sparse; make the layer with sparse=False"
     return None
 
 
@@ -297,88 +349,17 @@ def _groups(settings: Mapping[str, Any], channels: int) -> tuple[int, str | None
         return 1, None
     if grain == "channel":
         return channels, None
-    if size is None or isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise PlanError(f"channels_per_group is {size!r}. Granularity 'group' needs 1 or more.")
+    size = check_channels(size)
     if channels % size:
         return 1, f"{channels} channels do not divide into groups of {size}"
     return channels // size, None
 
 
-def _check_granularity(value: object) -> str:
-    if value not in get_args(Granularity):
-        raise PlanError(f"granularity is {value!r}. Use 'layer', 'channel' or 'group'.")
-    return str(value)
-
-
-def _matches(pattern: str | type[nn.Module], layer: str, module: nn.Module) -> bool:
-    if isinstance(pattern, type):
-        return isinstance(module, pattern)
-    if pattern.startswith("type:"):
-        wanted = pattern.removeprefix("type:")
-        return any(cls.__name__ == wanted for cls in type(module).__mro__)
-    return fnmatch.fnmatchcase(layer, pattern)
-
-
-def _check_rule(
-    pattern: str | type[nn.Module], rule: Rule, modules: Mapping[str, nn.Module]
-) -> None:
-    if rule is not None:
-        for key in rule:
-            if key not in _RULE_KEYS:
-                known = ", ".join(_RULE_KEYS)
-                raise PlanError(
-                    f"overrides[{pattern!r}]: unknown key {key!r}.{did_you_mean(key, _RULE_KEYS)}"
-                    f" Known keys: {known}."
-                )
-        if "k" in rule or "bits" in rule:
-            values_for(rule.get("bits"), rule.get("k"), str(pattern))
-        if "granularity" in rule:
-            _check_granularity(rule["granularity"])
-    if any(_matches(pattern, name, module) for name, module in modules.items()):
-        return
-    if isinstance(pattern, type):
-        kinds = sorted({type(m).__name__ for m in modules.values()})
-        raise PlanError(f"no layer is a {pattern.__name__}. Types here: {', '.join(kinds)}.")
-    if pattern.startswith("type:"):
-        near = did_you_mean(pattern, (f"type:{type(m).__name__}" for m in modules.values()))
-    else:
-        near = did_you_mean(pattern, (n for n in modules if n))
-    raise PlanError(f"no layer matches {pattern!r}.{near} fewbits.plan(model) lists all names.")
-
-
-def _settings(
-    base: Mapping[str, Any],
-    rules: Overrides,
-    modules: Mapping[str, nn.Module],
-    aliases: list[str],
-) -> tuple[dict[str, Any] | None, str | type[nn.Module] | None]:
-    """Return the settings of one weight and the last rule that matched; None if excluded."""
-    settings: dict[str, Any] | None = dict(base)
-    last = None
-    layers = [name.rpartition(".")[0] for name in aliases]
-    for pattern, rule in rules.items():
-        if not any(
-            _matches(pattern, layer, modules[layer]) for layer in layers if layer in modules
-        ):
-            continue
-        last = pattern
-        if rule is None:
-            settings = None
-            continue
-        settings = settings or dict(base)
-        settings.update({key: value for key, value in rule.items() if key != "bits"})
-        if "k" in rule or "bits" in rule:
-            settings["k"] = values_for(rule.get("bits"), rule.get("k"), str(pattern))
-    return settings, last
-
-
-CODEBOOK_SUFFIX = "_codebook"
-
-
-def _attached(model: nn.Module) -> None:
+def _refuse_attached(model: nn.Module) -> None:
     """Refuse a model that carries codebooks already."""
-    for name, _ in model.named_parameters():
-        if name.endswith(CODEBOOK_SUFFIX):
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in sorted(names):
+        if name.endswith(CODEBOOK_SUFFIX) and name.removesuffix(CODEBOOK_SUFFIX) in names:
             raise PlanError(
                 f"{name.removesuffix(CODEBOOK_SUFFIX)} is clustered already."
                 " Call harden() on the first Clustering before attaching another."

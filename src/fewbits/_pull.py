@@ -151,15 +151,16 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
     sums = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in free.items()}
     for rows, _, part, indices in layer.walk(regularizer):
         with torch.enable_grad():
-            leaves = {name: v.detach().requires_grad_() for name, v in free.items()}
-            state = layer.layer(rows, leaves["codebook"], {n: leaves[n] for n in layer.parameters})
-            nearest = gather(leaves["codebook"], indices, rows.start)
+            leaves = {name: v[rows].detach().requires_grad_() for name, v in free.items()}
+            own = {name: leaves[name] for name in layer.parameters}
+            state = LayerState(leaves["codebook"], layer.usage[rows], own, layer.step)
+            nearest = gather(leaves["codebook"], indices)
             total = regularizer.penalty(part, nearest, state).sum(dtype=torch.float64)
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         value += total.detach()
         for name, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
-                sums[name] += gradient
+                sums[name][rows] += gradient
         counts[rows] += count(indices, k)
     size = max(layer.weight.numel(), 1)
     gradients = {name: total / size for name, total in sums.items()}

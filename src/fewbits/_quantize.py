@@ -1,16 +1,21 @@
 """After training: uniform, k-means and entropy-constrained quantization."""
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ._attach import check_finite
-from ._codebook import grouped, initial_codebook, rate_aware_boundaries, ungrouped
+from ._codebook import (
+    check_finite,
+    grouped,
+    initial_codebook,
+    rate_aware_boundaries,
+    ungrouped,
+)
 from ._errors import PlanError, did_you_mean
 from ._kernels import cluster_sums, midpoints, snap
-from ._plan import Plan
-from ._plan import plan as make_plan
+from ._plan import Plan, carried_out, unwrapped
 
 Method = Literal["kmeans", "uniform", "entropy"]
 _METHODS: tuple[Method, ...] = ("kmeans", "uniform", "entropy")
@@ -53,12 +58,10 @@ def quantize(
     """
     if method not in _METHODS:
         raise PlanError(f"method is {method!r}.{did_you_mean(method, _METHODS)} Use {_METHODS}.")
-    if rate < 0:
-        raise PlanError(f"rate is {rate!r}. Give 0 or more.")
-    if (bits is not None) + (k is not None) + (plan is not None) != 1:
-        raise PlanError("give exactly one of bits, k and plan.")
-    if plan is None:
-        plan = make_plan(model, bits=bits, k=k)
+    if not (math.isfinite(rate) and rate >= 0):
+        raise PlanError(f"rate is {rate!r}. Give a finite number, 0 or more.")
+    model = unwrapped(model)
+    plan = carried_out(model, bits, k, plan)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for planned in plan.selected:
         check_finite(planned.name, weights[planned.name])

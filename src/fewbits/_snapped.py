@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
-from ._kernels import cluster_sums, snap
+from ._kernels import cluster_sums, compute_dtype, snap
 from ._plan import CODEBOOK_SUFFIX
 from ._pull import reduce_codebook_gradient
 
@@ -36,7 +36,7 @@ class Switch:
 @torch.library.custom_op("fewbits::snap", mutates_args=())
 def _snap(weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str) -> Tensor:
     groups = codebook.shape[0]
-    ordered = codebook.sort(dim=1).values
+    ordered = codebook.to(compute_dtype(codebook)).sort(dim=1).values
     snapped = snap(grouped(weight, groups, axis), ordered, boundaries_of(ordered, cost))
     values = ungrouped(snapped, weight, groups, axis)
     # The strides that the fake below promises; a copy only where channels are not the first axis.
@@ -53,7 +53,7 @@ def _snap_codebook_gradient(
     gradient: Tensor, weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str
 ) -> Tensor:
     groups = codebook.shape[0]
-    ordered, order = codebook.sort(dim=1)
+    ordered, order = codebook.to(compute_dtype(codebook)).sort(dim=1)
     view, values = (grouped_like(t, weight, groups, axis) for t in (weight, gradient))
     counts, sums = cluster_sums(values, view, boundaries_of(ordered, cost))
     reduced = reduce_codebook_gradient(sums, counts, how)  # pyright: ignore[reportArgumentType]
@@ -124,7 +124,7 @@ def uninstall(module: nn.Module) -> None:
 
 def _original_class(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
-    return cls.__fewbits_original__ if "__fewbits_original__" in cls.__dict__ else cls
+    return cls.__dict__.get("__fewbits_original__", cls)
 
 
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}

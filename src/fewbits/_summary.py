@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ._codebook import distortion_of, grouped
-from ._plan import MOST_VALUES, Plan
+from ._plan import Plan, unwrapped
+from ._rules import MOST_VALUES
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,18 @@ def summary(
     state = _state(model)
     before = _state(reference) if reference is not None else {}
     groups = {p.name: (p.groups, p.axis) for p in plan.selected} if plan else {}
-    layers, seen, other, full = [], {}, 0, 0
+    layers, seen, other, full = [], set(), 0, 0
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and key in seen:
-            continue  # tied: stored once
-        seen[key] = name
         size = tensor.numel() * tensor.element_size()
+        readable = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+        if readable and tensor.numel():
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            if key in seen:
+                continue  # tied: stored once
+            seen.add(key)
         full += tensor.numel() * 4 if tensor.is_floating_point() else size
         row = None
-        if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel():
+        if readable and tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel():
             row = _layer(name, tensor, groups.get(name), before.get(name))
         if row is None or (row.bytes_fixed >= size and name not in groups):
             other += size
@@ -162,7 +165,7 @@ def summary(
 def _state(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not isinstance(model, nn.Module):
         return model
-    return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    return {k: v for k, v in unwrapped(model).state_dict().items() if isinstance(v, Tensor)}
 
 
 def _layer(

@@ -79,6 +79,14 @@ class Regularizer(ABC):
         """
         return None
 
+    def members(self, counts: Tensor) -> Tensor:
+        """Return how many weights the gradient of each representative sums over, (G, K).
+
+        Args:
+            counts: (G, K) weights assigned to each.
+        """
+        return counts
+
     def parameters(self, codebook: Tensor) -> dict[str, Tensor]:
         """Return the regularizer's own learnable tensors, each shaped like `codebook` (G, K)."""
         return {}
@@ -193,6 +201,10 @@ class Periodic(Regularizer):
         below = (torch.pi * (weight - first) / step).square()
         above = (torch.pi * (weight - last) / step).square()
         return torch.where(weight < first, below, torch.where(weight > last, above, inside))
+
+    def members(self, counts: Tensor) -> Tensor:
+        """Return all weights of the group: each of them pulls at both ends of the grid."""
+        return counts.sum(1, keepdim=True).expand_as(counts)
 
     def project(self, codebook: Tensor) -> Tensor:
         """Return the even grid of least squares for each row of (G, K)."""

@@ -33,8 +33,13 @@ class Schedule:
             if not math.isfinite(getattr(self, name)):
                 raise PlanError(f"schedule: {name} is {getattr(self, name)}. Give a finite number.")
         for name in ("start", "steps"):
-            if getattr(self, name) < 0:
-                raise PlanError(f"schedule: {name} is {getattr(self, name)}. Give 0 or more.")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise PlanError(f"schedule: {name} is {value!r}. Give a whole number, 0 or more.")
+        if self.shape not in ("linear", "cosine", "cubic"):
+            raise PlanError(
+                f"schedule: shape is {self.shape!r}. Use 'linear', 'cosine' or 'cubic'."
+            )
 
     def __call__(self, step: int) -> float:
         """Return the value at `step`, counted from 0."""
@@ -98,4 +103,8 @@ def cubic(begin: float, end: float, *, steps: int, start: int = 0) -> Schedule:
 
 def as_schedule(value: "float | Schedule") -> Schedule:
     """Return `value` itself if it is a schedule, else the constant."""
-    return value if isinstance(value, Schedule) else constant(float(value))
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise PlanError(f"{value!r} is neither a number nor a schedule (fewbits.schedules).")
+    return constant(float(value))

@@ -157,7 +157,8 @@ class _Table:
     @staticmethod
     def _cell(values: Tensor, low: Tensor, per_unit: Tensor, cells: int) -> Tensor:
         # Clamped before the integer cast: a cast of a number out of range is undefined.
-        return ((values - low) * per_unit).clamp_(-1, cells - 2).add_(1).int()
+        # And after it: NaN passes the first clamp; what it is assigned to does not matter.
+        return ((values - low) * per_unit).clamp_(-1, cells - 2).add_(1).int().clamp_(min=0)
 
     def search(self, part: Tensor) -> Tensor:
         cell = self._cell(part.reshape(-1), self.low, self.per_unit, len(self.below))
@@ -222,13 +223,14 @@ def accumulate(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]
         45 million weights is off by 0.4%.
     """
     groups = values.shape[0]
-    counts = torch.zeros(groups * k, dtype=torch.float64, device=values.device)
+    counts = torch.zeros(groups, k, dtype=torch.float64, device=values.device)
     sums = torch.zeros_like(counts)
     for rows, columns in pieces(*values.shape):
-        flat = _flat(indices[rows, columns], rows, k)
-        counts += torch.bincount(flat, minlength=groups * k)
-        sums.index_add_(0, flat, values[rows, columns].double().reshape(-1))
-    return counts.view(groups, k), sums.view(groups, k)
+        part = indices[rows, columns]
+        flat = _flat(part, slice(0, len(part)), k)
+        counts[rows] += torch.bincount(flat, minlength=len(part) * k).view(len(part), k)
+        sums[rows].view(-1).index_add_(0, flat, values[rows, columns].double().reshape(-1))
+    return counts, sums
 
 
 def snap(weight: Tensor, codebook: Tensor, boundaries: Tensor) -> Tensor:

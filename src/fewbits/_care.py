@@ -1,0 +1,107 @@
+"""What goes wrong with codebooks in training: numbers gone bad, collapse, dead representatives."""
+
+import logging
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ._attach import Attached
+from ._codebook import check_finite, split_largest
+from ._errors import CodebookError
+from ._kernels import assign, count
+
+log = logging.getLogger("fewbits")
+
+# Representatives revived in one layer at one look; each costs a pass over the layer.
+MOST_REVIVED = 16
+
+
+def check_numbers(
+    layers: Iterable[Attached], penalties: Iterable[tuple[Attached, Tensor]], step: int
+) -> None:
+    """Raise a `CodebookError` that names the layer if weights or codebooks are NaN or infinite.
+
+    Args:
+        layers: all of them; their standard deviations and codebooks are looked at.
+        penalties: (layer, penalty) of the last loss, 0-d.
+        step: the step that is being finished, for the message.
+    """
+    when = f" at step {step}"
+    layers, penalties = list(layers), list(penalties)
+    numbers = [n for layer in layers for n in (layer.std(), layer.codebook.detach().sum())]
+    if _all_finite(numbers + [value for _, value in penalties]):
+        return
+    for layer in layers:
+        check_finite(layer.name, layer.weight.detach(), when)
+        check_finite(layer.name + " codebook", layer.codebook.detach(), when)
+        if not bool(layer.std().isfinite()):
+            raise CodebookError(
+                f"{layer.name}: the weights are too large to square{when}."
+                " They have diverged: lower the learning rate or the strength."
+            )
+    for layer, value in penalties:
+        if not bool(value.isfinite()):
+            raise CodebookError(
+                f"{layer.name}: the penalty is {float(value)}{when}."
+                " The weights have diverged: lower the learning rate or the strength."
+            )
+
+
+def _all_finite(numbers: list[Tensor]) -> bool:
+    """Whether all 0-d tensors are finite; waits for each device once."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for number in numbers:
+        by_device.setdefault(number.device, []).append(number.double())
+    return all(bool(torch.stack(some).isfinite().all()) for some in by_device.values())
+
+
+def look_after(layer: Attached, step: int, *, revive: bool) -> Tensor:
+    """In place: note what moved, warn once of a collapse, and revive the dead where wanted.
+
+    Args:
+        layer: the layer.
+        step: for the messages.
+        revive: whether dead representatives get weights again.
+
+    Returns:
+        (G, K) members of each representative, before reviving.
+    """
+    layer.note_movement()
+    codebook, order = layer.rows()
+    view, k = layer.view(), codebook.shape[1]
+    counts = count(assign(view, layer.boundaries()), k)
+    if k > 1 and not layer.collapse_reported and bool((counts > 0).sum(1).eq(1).all()):
+        layer.collapse_reported = True
+        warnings.warn(
+            f"{layer.name}: all weights share one representative at step {step}."
+            " Lower the strength, or start the pull later.",
+            stacklevel=4,
+        )
+    dead = counts == 0
+    if revive and bool(dead.any()):
+        _revive(layer, view, codebook, order, dead, step)
+    layer.look()
+    return counts
+
+
+def _revive(
+    layer: Attached, view: Tensor, codebook: Tensor, order: Tensor, dead: Tensor, step: int
+) -> None:
+    fresh, boundaries = codebook.clone(), layer.boundaries()
+    for group in dead.any(1).nonzero().flatten().tolist():
+        first = dead[group] & (dead[group].cumsum(0) <= MOST_REVIVED)
+        row = slice(group, group + 1)
+        indices = assign(view[row], boundaries[row])
+        fresh[row] = split_largest(view[row], codebook[row], first, indices)
+    revived = int((fresh != codebook).logical_and(dead).sum())
+    if revived:
+        layer.write_codebook(fresh, order)
+        log.info(
+            "%s: revived %d of %d dead representatives at step %d",
+            layer.name,
+            revived,
+            int(dead.sum()),
+            step,
+        )
