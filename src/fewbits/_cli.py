@@ -44,28 +44,59 @@ def _words(context: Any, parameter: Any, text: str | None) -> tuple[str, ...] | 
 _RUN_OPTIONS = [
     click.option("--config", type=click.Path(path_type=Path), help="TOML file; flags override it."),
     click.option("--data", help="digits, cifar10, or a folder of images or Parquet files."),
-    click.option("--model", help="convnet, alexnet, vgg16, torchvision:NAME, timm:NAME or package.module:factory."),
+    click.option(
+        "--model",
+        help="convnet, alexnet, vgg16, torchvision:NAME, timm:NAME or package.module:factory.",
+    ),
     click.option("--width", type=float, help="Multiplies the channel counts."),
     click.option("--bits", callback=_numbers, help="Bits per weight: 2, or 1,2,4."),
-    click.option("--k", callback=_numbers, help="Values per weight instead of --bits: 3, or 2,4,16."),
+    click.option(
+        "--k", callback=_numbers, help="Values per weight instead of --bits: 3, or 2,4,16."
+    ),
     click.option("--seed", "seeds", callback=_numbers, help="0, or 0,1,2, or 0-2."),
-    click.option("--epochs", type=int, help="Epochs of float training that all methods start from."),
+    click.option(
+        "--epochs", type=int, help="Epochs of float training that all methods start from."
+    ),
     click.option("--finetune-epochs", type=int, help="Further epochs, the same for every method."),
     click.option("--batch-size", type=int, help="Images per step."),
     click.option("--lr", type=float, help="Peak learning rate."),
-    click.option("--finetune-lr", type=float, help="Peak learning rate of the further epochs, as a share of --lr."),
+    click.option(
+        "--finetune-lr",
+        type=float,
+        help="Peak learning rate of the further epochs, as a share of --lr.",
+    ),
     click.option("--weight-decay", type=float, help="Weight decay."),
+    click.option("--regularizer", help="What pulls in the methods that train; see below."),
     click.option("--strength", type=float, help="Multiplies each method's default strength."),
+    click.option(
+        "--granularity",
+        type=click.Choice(["layer", "channel", "group"]),
+        help="What shares a codebook.",
+    ),
+    click.option("--channels-per-group", type=int, help="For --granularity group."),
+    click.option(
+        "--exclude", callback=_words, help="Globs on layer names to leave alone, commas between."
+    ),
     click.option("--train-images", type=int, help="Use only so many training images."),
     click.option("--image-size", type=int, help="Bring the images of a folder to this size."),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.option("--out", type=click.Path(path_type=Path), help="Run folder; runs/DATA-MODEL-TIME if not given."),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    ),
+    click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Run folder; runs/DATA-MODEL-TIME if not given.",
+    ),
     click.option("--overwrite", is_flag=True, help="Replace the run in --out."),
-    click.option("--resume", type=click.Path(path_type=Path), help="Go on with an interrupted run, its own config."),
+    click.option(
+        "--resume",
+        type=click.Path(path_type=Path),
+        help="Go on with an interrupted run, its own config.",
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON."),
     click.option("--quiet", is_flag=True, help="No progress bars."),
     click.option("--debug", is_flag=True, help="Show the traceback of an internal error."),
-]  # fmt: skip
+]
 
 
 def _run_options(command: Callable) -> Callable:
@@ -74,8 +105,20 @@ def _run_options(command: Callable) -> Callable:
     return command
 
 
-@cli.command()
-@click.option("--method", help="The method to train with; see `fewbits compare --help`.")
+class _WithNames(click.Command):
+    """A command whose help ends with the names of methods and regularizers."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from .lab.methods import METHODS, REGULARIZERS  # here: importing torch takes a second
+
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, method.about) for name, method in METHODS.items()])
+        with formatter.section("Regularizers"):
+            formatter.write_text(", ".join(REGULARIZERS))
+
+
+@cli.command(cls=_WithNames)
+@click.option("--method", help="The method to train with; see below.")
 @_run_options
 def train(method: str | None, **options: Any) -> None:
     """Train a network, quantize it, and compare with quantizing after training.
@@ -84,20 +127,20 @@ def train(method: str | None, **options: Any) -> None:
     fewbits train                                    # digits, 2 bits, a minute
     fewbits train --data cifar10 --model vgg16 --bits 2
     fewbits train --resume runs/demo
-    """
+    """  # noqa: D301 (click wants the backspace itself)
     settings = {} if method is None else {"methods": _with_baseline(method)}
     _compare(settings, options)
 
 
-@cli.command()
-@click.option("--methods", callback=_words, help="Names with commas between them.")
+@cli.command(cls=_WithNames)
+@click.option("--methods", callback=_words, help="Names with commas between them; see below.")
 @_run_options
 def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
     """Compare methods, numbers of values and seeds from one float training per seed.
 
     \b
     fewbits compare --methods kmeans,penalty,penalty-snapped --bits 1,2,4 --seed 0-2
-    """
+    """  # noqa: D301 (click wants the backspace itself)
     _compare({} if methods is None else {"methods": methods}, options)
 
 
@@ -109,7 +152,6 @@ def _compare(settings: dict[str, Any], options: dict[str, Any]) -> None:
     """Gather the config, run the comparison, print the table and the report's path."""
     from .lab.config import Config, read_toml
 
-    resume, out = options["resume"], options["out"]
     fields = {field.name for field in dataclasses.fields(Config)}
     given = settings | {n: v for n, v in options.items() if n in fields and v is not None}
     if options["bits"] is not None:
@@ -119,18 +161,19 @@ def _compare(settings: dict[str, Any], options: dict[str, Any]) -> None:
             if not 0 <= bits <= 16:
                 raise PlanError(f"--bits is {bits}. Give whole numbers from 0 to 16, or --k.")
         given["k"] = tuple(2**bits for bits in options["bits"])
-    if resume:
-        if given or options["config"] or out or options["overwrite"]:
+    if options["resume"]:
+        if given or options["config"] or options["out"] or options["overwrite"]:
             raise PlanError(
                 "--resume goes on with the run's own config. Leave the other settings out."
             )
-        folder, config = resume, Config(**read_toml(resume / "config.toml"))
+        folder = options["resume"]
+        config = Config(**read_toml(folder / "config.toml"))
     else:
         read = read_toml(options["config"]) if options["config"] else {}
         config = Config(**(read | given))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{Path(config.data).name}-{config.model.rpartition(':')[2]}-{stamp}"
-        folder = out or Path("runs") / name
+        folder = options["out"] or Path("runs") / name
     rows = _run_comparison(config, folder, options)
     _print_rows(rows, folder, as_json=options["as_json"])
 
@@ -144,18 +187,17 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
     from .report import write_report
 
     device = pick_device(options["device"])
-    progress = Bars(quiet=options["quiet"])
-    data = load(
-        config.data,
-        image_size=config.image_size,
-        progress=None if options["quiet"] else each,
-    )
     if not options["resume"]:
-        _folder.prepare(folder, overwrite=options["overwrite"])
-        _folder.write_atomically(folder / "config.toml", config.to_toml().encode())
+        _folder.check(folder, overwrite=options["overwrite"])
+    progress = Bars(quiet=options["quiet"])
+    bar = None if options["quiet"] else each
+    data = load(config.data, image_size=config.image_size, progress=bar)
+    comparison = Comparison(config, folder, data.to(device), device, progress)
+    comparison.check()  # before an earlier run is replaced
+    if not options["resume"]:
+        _folder.create(folder, config.to_toml(), "fewbits " + shlex.join(sys.argv[1:]))
     try:
-        comparison = Comparison(config, folder, data.to(device), device, progress)
-        rows = comparison.run(command="fewbits " + shlex.join(sys.argv[1:]))
+        rows = comparison.run(command=_folder.command_of(folder))
     except KeyboardInterrupt:
         progress.close()
         print(f"fewbits: stopped. Go on with: fewbits compare --resume {folder}", file=sys.stderr)

@@ -113,32 +113,55 @@ def load_state(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def prepare(folder: Path, *, overwrite: bool) -> None:
-    """Make an empty run folder.
+def check(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that a new run must not take.
 
     Args:
-        folder: where.
+        folder: where the run would be.
         overwrite: whether a run that is there already may be deleted.
 
     Raises:
-        FileError: if it exists and is not empty and may not be, or holds something else than a
-            run, or cannot be made.
+        FileError: if it is a file, holds a run and may not be overwritten, or holds something
+            else than a run.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise FileError(
-                f"{folder}: exists already. Choose another --out, go on with --resume {folder},"
-                " or replace it with --overwrite."
-            )
-        if not (folder / "config.toml").is_file():
-            raise FileError(
-                f"{folder}: holds no run (no config.toml), so it is not overwritten."
-                " Choose another --out."
-            )
-        shutil.rmtree(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FileError(
+            f"{folder}: exists already. Choose another --out, go on with --resume {folder},"
+            " or replace it with --overwrite."
+        )
+    if not (folder / "config.toml").is_file():
+        raise FileError(
+            f"{folder}: holds no run (no config.toml), so it is not overwritten."
+            " Choose another --out."
+        )
+
+
+def create(folder: Path, config: str, command: str) -> None:
+    """Make a run folder with its config in it; a run that is there, `check`ed, is deleted.
+
+    Args:
+        folder: where.
+        config: TOML text.
+        command: the command line, kept as the config's first line.
+
+    Raises:
+        FileError: if it cannot be made.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
     except OSError as error:
         raise FileError(
             f"{folder}: cannot be made ({error.strerror}). Choose another --out."
         ) from error
+    first = " ".join(command.splitlines())
+    write_atomically(folder / "config.toml", f"# {first}\n{config}".encode())
+
+
+def command_of(folder: Path) -> str:
+    """Return the command line that made a run, from its config's first line."""
+    first = (folder / "config.toml").read_text().partition("\n")[0]
+    return first[2:] if first.startswith("# ") else f"fewbits compare --resume {folder}"

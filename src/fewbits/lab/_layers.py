@@ -55,7 +55,7 @@ def describe(
     model: nn.Module,
     plan: Plan,
     stages: Mapping[str, Mapping[str, Stage]],
-    start: Mapping[str, Tensor],
+    unsnapped: Mapping[str, Tensor],
     bits_entropy: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Return one dict per clustered weight of a hardened model.
@@ -64,7 +64,7 @@ def describe(
         model: hardened.
         plan: which weights.
         stages: stage name ("before", "during", "after") to `histograms`.
-        start: state dict that the method started from, for the distortion.
+        unsnapped: state dict from before the weights were snapped, for the distortion.
         bits_entropy: by weight name.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -81,7 +81,7 @@ def describe(
                 "weights": planned.weights,
                 "stages": [{"stage": s} | h[planned.name] for s, h in stages.items()],
                 "usage": (counts / counts.sum()).tolist(),
-                "distortion": distortion_of(start[planned.name].to(weight), weight),
+                "distortion": distortion_of(unsnapped[planned.name].to(weight), weight),
                 "bits_entropy": bits_entropy.get(planned.name, 0.0),
                 "dead": planned.k - len(values),
                 "merged": int((values.diff() <= 1e-3 * spread).sum()),

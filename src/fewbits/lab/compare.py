@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from .._quantize import quantize
 from .._summary import summary
 from ._folder import load_state, read_json, save_state, write_atomically, write_json
 from ._layers import Stage, describe, histograms
+from ._recorder import Recorder
 from .config import Config
 from .data import ImageData, default_augment
 from .methods import METHODS, Method, Recipe
@@ -44,7 +44,7 @@ class _Outcome:
 
     model: nn.Module
     plan: Plan
-    start: dict[str, Tensor]
+    unsnapped: dict[str, Tensor]  # the weights before they were snapped, for the distortion
     stages: dict[str, dict[str, Stage]]
     history: list[dict[str, Any]] = field(default_factory=list)
     accuracy_before_hardening: float | None = None
@@ -76,6 +76,16 @@ class Comparison:
             self.data = self.data.subset(train=self.config.train_images)
         self.augment = default_augment(self.data)
 
+    def check(self) -> None:
+        """Refuse a model or a rule that cannot be, before any training and any file.
+
+        Raises:
+            PlanError: with the reason.
+        """
+        model = self._fresh(self.config.seeds[0])
+        for k in self.config.k:
+            self._plan(model, k)
+
     def run(self, command: str) -> list[dict[str, Any]]:
         """Do every job that is not finished; write rows.json and details.json after each.
 
@@ -85,8 +95,6 @@ class Comparison:
         Returns:
             One row per method, k and seed, with the keys of `ROW_KEYS`.
         """
-        for k in self.config.k:  # a rule or model that cannot be is refused before any training
-            self._plan(self._fresh(self.config.seeds[0]), k)
         results: list[dict[str, Any]] = []
         for seed in self.config.seeds:
             for method in self.config.methods:
@@ -123,7 +131,7 @@ class Comparison:
             "accuracy_before_reestimation": round(outcome.accuracy_before_reestimation, 4),
         }
         entropy = {layer.name: layer.bits_entropy for layer in found.layers}
-        layers = describe(outcome.model, outcome.plan, outcome.stages, outcome.start, entropy)
+        layers = describe(outcome.model, outcome.plan, outcome.stages, outcome.unsnapped, entropy)
         layers = [{"method": method, "k": k, "seed": seed} | layer for layer in layers]
         result = {"row": row, "layers": layers, "float_bytes": found.float_bytes}
         return self._finish(name, outcome.model, outcome.history, result)
@@ -134,8 +142,7 @@ class Comparison:
         if method.start != "scratch":
             model.load_state_dict(self._float(seed, continued=method.start == "continued")["state"])
         plan = self._plan(model, k)
-        start = {n: t.detach().clone() for n, t in model.state_dict().items()}
-        outcome = _Outcome(model, plan, start, {"before": histograms(model, plan)})
+        outcome = _Outcome(model, plan, _state(model), {"before": histograms(model, plan)})
         began = time.monotonic()
         if method.attach is not None:
             self._train_clustered(method, name, seed, outcome)
@@ -158,6 +165,7 @@ class Comparison:
         steps = job.epochs * steps_per_epoch(self.data, config.batch_size)
         recipe = Recipe(outcome.plan, steps, config.regularizer, config.strength)
         job.clustering = method.attach(outcome.model, recipe)
+        outcome.stages["before"] = histograms(outcome.model, outcome.plan)  # with the codebooks
         self._train(job, during=lambda model: histograms(model, outcome.plan))
         during = [epoch["during"] for epoch in job.history if "during" in epoch]
         outcome.stages |= {"during": during[0]} if during else {}
@@ -166,6 +174,7 @@ class Comparison:
         outcome.accuracy_before_hardening = (
             job.history[-1]["accuracy"] if job.history else accuracy(outcome.model, self.data)
         )
+        outcome.unsnapped = _state(outcome.model)
         job.clustering.harden()
 
     def _finetune(self, outcome: _Outcome, seed: int) -> None:
@@ -226,7 +235,7 @@ class Comparison:
         )
 
     def _train(self, job: Job, during: Any = None) -> None:
-        recorder = _Recorder(self._job_path(job.name), self.write_metrics, self.progress)
+        recorder = Recorder(self.folder, job.name, self.write_metrics, self.progress)
         job.run(self._job_path(job.name) / "checkpoint.pt", progress=recorder, during=during)
 
     # -- files ----------------------------------------------------------------------------------
@@ -274,6 +283,7 @@ class Comparison:
         details = {
             "command": command,
             "config": asdict(self.config),
+            "methods": {method: METHODS[method].about for method in self.config.methods},
             "environment": environment(self.device),
             "data": {
                 "name": self.data.name,
@@ -292,33 +302,16 @@ class Comparison:
         write_json(self.folder / "details.json", details)
 
 
-class _Recorder(Progress):
-    """Passes everything on, and writes the metrics of every epoch as it ends."""
-
-    def __init__(self, folder: Path, write_metrics: Callable[[], None], listener: Progress):
-        self.folder, self.write_metrics, self.listener = folder, write_metrics, listener
-
-    def job(self, name: str, steps: int, done: int) -> None:
-        self.listener.job(name, steps, done)
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        self.listener.step(metrics)
-
-    def epoch(self, job: str, history: list[dict[str, Any]]) -> None:
-        write_json(self.folder / "history.json", history)
-        self.write_metrics()
-        self.listener.epoch(job, history)
-
-    def end(self) -> None:
-        self.listener.end()
-
-
 def _age(path: Path) -> tuple[float, str]:
     return path.stat().st_mtime, str(path)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return seed * 1_000_003 + epoch
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:
