@@ -225,9 +225,9 @@ class Job:
                 f"the checkpoint is of {state['name']!r}, not of {self.name!r}."
                 " Resume the run it belongs to."
             )
-        self.model.load_state_dict(state["model"])
-        if self.clustering:  # after the weights: a rate-aware assignment depends on their std
+        if self.clustering:  # first: it refuses a checkpoint from another plan in its own words
             self.clustering.load_state_dict(state["clustering"])
+        self.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         self.history = list(state["history"])
 
