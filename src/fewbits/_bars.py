@@ -56,4 +56,4 @@ class Bars(Progress):
 
 def each(items: Iterable[Any], total: int) -> Iterable[Any]:
     """Return `items` with a bar over them."""
-    return tqdm(items, total=total, desc="reading images", file=sys.stderr, mininterval=0.5)
+    return tqdm(items, total=total, desc="loading data", file=sys.stderr, mininterval=0.5)

@@ -1,16 +1,25 @@
 """The run folder: what lies where, written so that a kill never leaves half a file."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .._errors import FileError
+
+# What a run's folder holds; config.toml is last, so that a half-deleted run still is one.
+_CONTENTS = (
+    "jobs", "models", "tensorboard", "metrics.jsonl", "rows.json", "details.json", "report.html",
+    "config.toml",
+)  # fmt: skip
+_FIRST_WORD = "# fewbits "
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -23,18 +32,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         FileError: if it cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _write(path, lambda file: file.write(data))
+
+
+def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    # One name per file: what a kill leaves behind is replaced when the run is resumed.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise FileError(
-            f"{path}: cannot be written ({error.strerror}). Free space or choose another folder."
+            f"{path}: cannot be written ({reason}). Free space or choose another folder."
         ) from error
 
 
@@ -59,17 +75,7 @@ def read_json(path: Path) -> Any:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Save tensors and plain values atomically, for `load_checkpoint`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
-        raise FileError(f"{path}: the checkpoint cannot be written ({error}).") from error
+    _write(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -89,14 +95,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def save_state(path: Path, state: dict[str, Tensor]) -> None:
     """Save a state dict as safetensors, atomically; tied tensors are written once each name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temporary)
-        os.replace(temporary, path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        raise FileError(f"{path}: the model cannot be written ({error}).") from error
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    write_atomically(path, save(tensors))
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -131,28 +131,37 @@ def check(folder: Path, *, overwrite: bool) -> None:
             f"{folder}: exists already. Choose another --out, go on with --resume {folder},"
             " or replace it with --overwrite."
         )
-    if not (folder / "config.toml").is_file():
+    try:
+        ours = (folder / "config.toml").read_text().startswith(_FIRST_WORD)
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours:  # many programs have a config.toml
         raise FileError(
-            f"{folder}: holds no run (no config.toml), so it is not overwritten."
+            f"{folder}: holds no run (no config.toml of fewbits), so it is not overwritten."
             " Choose another --out."
         )
 
 
 def create(folder: Path, config: str, command: str) -> None:
-    """Make a run folder with its config in it; a run that is there, `check`ed, is deleted.
+    """Make a run folder with its config in it.
+
+    Of a run that is there, which `check` has allowed, the files of a run are deleted, others not.
 
     Args:
         folder: where.
         config: TOML text.
-        command: the command line, kept as the config's first line.
+        command: the command line, "fewbits …", kept as the config's first line.
 
     Raises:
         FileError: if it cannot be made.
     """
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in _CONTENTS):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(
             f"{folder}: cannot be made ({error.strerror}). Choose another --out."

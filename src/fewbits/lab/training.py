@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._clustering import Clustering
-from .._errors import CodebookError, PlanError
+from .._errors import CodebookError, FileError
 from .._finetune import reestimate_batch_norm
 from ._folder import load_checkpoint, save_checkpoint
 from .data import Augment, ImageData, batches
@@ -32,7 +32,7 @@ def training_batches(
         data.train_images,
         data.train_labels,
         size,
-        normalization=data.normalization(),
+        normalization=data.normalization,
         generator=generator,
         augment=augment,
     )
@@ -48,7 +48,7 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
         data.test_images,
         data.test_labels,
         EVALUATION_BATCH,
-        normalization=data.normalization(),
+        normalization=data.normalization,
     ):
         right += int((model(images).argmax(1) == labels).sum())
     model.train(training)
@@ -58,7 +58,15 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
 def reestimate(model: nn.Module, data: ImageData, size: int, augment: Augment | None) -> None:
     """In place: re-estimate batch-norm statistics on augmented training images."""
     some = data.subset(train=REESTIMATION_IMAGES)
-    reestimate_batch_norm(model, training_batches(some, size, augment, seed=0))
+    stream = batches(
+        some.train_images,
+        some.train_labels,
+        size,
+        normalization=data.normalization,  # as in training, not that of the few images
+        generator=torch.Generator().manual_seed(0),
+        augment=augment,
+    )
+    reestimate_batch_norm(model, stream)
 
 
 def snapped_accuracy(
@@ -131,10 +139,11 @@ class Job:
 
         Raises:
             CodebookError: if the loss becomes NaN or infinite.
+            FileError: if the checkpoint is damaged or of another training.
         """
         optimizer = self._optimizer()
         if checkpoint.exists():
-            self._restore(load_checkpoint(checkpoint), optimizer)
+            self._restore(checkpoint, optimizer)
             progress.epoch(self.name, self.history)
         steps = self.steps_per_epoch
         progress.job(self.name, self.epochs * steps, len(self.history) * steps)
@@ -212,24 +221,25 @@ class Job:
 
     def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return {
-            "name": self.name,
             "model": self.model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "clustering": self.clustering.state_dict() if self.clustering else None,
             "history": self.history,
         }
 
-    def _restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        if state["name"] != self.name or bool(state["clustering"]) != bool(self.clustering):
-            raise PlanError(
-                f"the checkpoint is of {state['name']!r}, not of {self.name!r}."
-                " Resume the run it belongs to."
-            )
-        if self.clustering:  # first: it refuses a checkpoint from another plan in its own words
-            self.clustering.load_state_dict(state["clustering"])
-        self.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        self.history = list(state["history"])
+    def _restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+        state = load_checkpoint(checkpoint)
+        try:
+            if self.clustering:  # first: it refuses another plan's checkpoint in its own words
+                self.clustering.load_state_dict(state["clustering"])
+            self.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            self.history = list(state["history"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise FileError(
+                f"{checkpoint}: holds no such training as {self.name} ({type(error).__name__})."
+                " Undo what changed in the config, or delete it to restart this part of the run."
+            ) from error
 
 
 def steps_per_epoch(data: ImageData, batch_size: int) -> int:

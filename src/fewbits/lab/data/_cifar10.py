@@ -1,10 +1,12 @@
 """CIFAR-10 as its authors publish it for C programs: fixed-length records, nothing to execute."""
 
 import hashlib
+import http.client
 import os
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ def download(url: str, sha256: str, target: Path, progress: Each | None = None) 
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, part, progress)
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         reason = getattr(error, "reason", None) or error
         raise FileError(
             f"{url}: cannot be downloaded to {part} ({reason}). What has arrived is kept: run"
@@ -115,7 +117,7 @@ def read_archive(path: Path) -> ImageData:
             for name in (*_TRAIN, _TEST):
                 file = archive.extractfile(members[name])
                 found[name] = file.read() if file else b""
-    except (OSError, EOFError, tarfile.TarError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
         raise FileError(
             f"{path}: is no CIFAR-10 archive ({error}). Delete it to download it."
         ) from error

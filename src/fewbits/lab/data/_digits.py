@@ -16,10 +16,10 @@ def load_digits() -> ImageData:
         from sklearn import datasets
     except ImportError as error:
         raise FewbitsError("digits needs scikit-learn: pip install 'fewbits[cli]'") from error
-    found = datasets.load_digits()
-    # Pixels are whole numbers 0 … 16: 15 a step uses the range of a byte exactly.
-    images = torch.from_numpy(found.images * 15).to(torch.uint8)[:, None]
-    labels = torch.from_numpy(found.target).long()
+    pixels, target = datasets.load_digits(return_X_y=True)
+    # Pixels are whole numbers 0 … 16: 15 a step keeps them whole and fits a byte.
+    images = torch.from_numpy(pixels * 15).to(torch.uint8).view(-1, 1, 8, 8)
+    labels = torch.from_numpy(target).long()
     train, test = hold_out(images, labels, share=0.2)
     return ImageData(
         name="digits",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,12 +59,12 @@ class ImageData:
             self, train_images=self.train_images[chosen], train_labels=self.train_labels[chosen]
         )
 
+    @cached_property
     def normalization(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each channel of the training images.
+        """Mean and standard deviation of each channel of the training images.
 
-        Returns:
-            Two (C,) float32 tensors, in units of the uint8 pixel values. The deviation is 1 where
-            a channel is constant.
+        Two (C,) float32 tensors, in units of the uint8 pixel values. The deviation is 1 where a
+        channel is constant.
         """
         pixels = torch.arange(256, dtype=torch.float64)
         rows = []

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from ..._errors import FewbitsError, PlanError, did_you_mean
@@ -52,10 +53,33 @@ def build(name: str, *, classes: int, shape: tuple[int, int, int], width: float 
             f" {', '.join(_OURS)}, torchvision:NAME, timm:NAME or package.module:factory."
         )
     if source == "torchvision":
-        return _torchvision(rest, classes)
-    if source == "timm":
-        return _timm(rest, classes, shape[0])
-    return _users_own(source, rest, classes)
+        model = _torchvision(rest, classes)
+    elif source == "timm":
+        model = _timm(rest, classes, shape[0])
+    else:
+        model = _users_own(source, rest, classes)
+    _check_fit(name, model, classes, shape)
+    return model
+
+
+@torch.no_grad()
+def _check_fit(name: str, model: nn.Module, classes: int, shape: tuple[int, int, int]) -> None:
+    """Refuse a network of somebody else's that does not map such images to such classes."""
+    images = f"{shape[0]} x {shape[1]} x {shape[2]} images (channels, height, width)"
+    training = model.training
+    try:
+        output = model.eval()(torch.zeros(2, *shape))
+    except Exception as error:  # whatever a network raises on images it was not made for
+        raise PlanError(
+            f"model {name} cannot take {images}: {_first_line(error)}. Choose another model, or"
+            " other images (--image-size)."
+        ) from error
+    model.train(training)
+    if not isinstance(output, torch.Tensor) or output.shape != (2, classes):
+        found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise PlanError(
+            f"model {name} puts out {found} for 2 images, not [2, {classes}]: one number per class."
+        )
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:
@@ -84,9 +108,10 @@ def _users_own(module_name: str, attribute: str, classes: int) -> nn.Module:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's file lies here
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the user's module raises while it runs
         raise PlanError(
-            f"model {module_name}:{attribute}: {error}. Run from the folder that has the module."
+            f"model {module_name}:{attribute}: cannot be imported: {_first_line(error)}. Run from"
+            " the folder that has the module."
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
@@ -94,10 +119,18 @@ def _users_own(module_name: str, attribute: str, classes: int) -> nn.Module:
             f"model {module_name}:{attribute}: {module_name} has no such function or class."
             f"{did_you_mean(attribute, vars(module))}"
         )
-    takes = inspect.signature(factory).parameters
-    any_keyword = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-    model = factory(num_classes=classes) if "num_classes" in takes or any_keyword else factory()
+    try:
+        takes = inspect.signature(factory).parameters
+        any_keyword = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        model = factory(num_classes=classes) if "num_classes" in takes or any_keyword else factory()
+    except Exception as error:  # whatever the user's function raises
+        raise PlanError(f"model {module_name}:{attribute}: {_first_line(error)}.") from error
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise PlanError(f"model {module_name}:{attribute}: returned {kind}, not a torch module.")
     return model
+
+
+def _first_line(error: Exception) -> str:
+    kind = type(error).__name__
+    return f"{kind}: {str(error).splitlines()[0]}" if str(error) else kind
