@@ -26,7 +26,14 @@ from .data import ImageData, default_augment
 from .methods import METHODS, Method, Recipe
 from .models import build, parameter_count
 from .progress import Progress
-from .training import Job, accuracy, reestimate, steps_per_epoch, training_batches
+from .training import (
+    Job,
+    accuracy,
+    reestimate,
+    reestimated_accuracy,
+    steps_per_epoch,
+    training_batches,
+)
 
 # The keys of a row, in order: what `--json` prints and rows.json holds, nothing else.
 ROW_KEYS = (
@@ -171,8 +178,8 @@ class Comparison:
         outcome.stages |= {"during": during[0]} if during else {}
         outcome.history = [{k: v for k, v in h.items() if k != "during"} for h in job.history]
         outcome.seconds = sum(epoch["seconds"] for epoch in job.history)
-        outcome.accuracy_before_hardening = (
-            job.history[-1]["accuracy"] if job.history else accuracy(outcome.model, self.data)
+        outcome.accuracy_before_hardening = reestimated_accuracy(
+            outcome.model, self.data, config.batch_size, self.augment
         )
         outcome.unsnapped = _state(outcome.model)
         job.clustering.harden()
