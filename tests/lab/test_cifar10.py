@@ -246,16 +246,16 @@ def test_an_archive_without_a_batch_is_refused(tmp_path: Path):
 
 
 def damaged(content: bytes, how: str) -> bytes:
-    middle = len(content) // 2
     if how == "no gzip":
         return b"<html>Please log in</html>"
     if how == "cut short":
-        return content[:middle]
-    scrambled = bytes(byte ^ 0x55 for byte in content[middle : middle + 500])
-    return content[:middle] + scrambled + content[middle + 500 :]
+        return content[: len(content) // 2]
+    start = len(content) * (3 if how == "scrambled early" else 7) // 10
+    scrambled = bytes(byte ^ 0x55 for byte in content[start : start + 500])
+    return content[:start] + scrambled + content[start + 500 :]
 
 
-@pytest.mark.parametrize("how", ["no gzip", "cut short", "scrambled"])
+@pytest.mark.parametrize("how", ["no gzip", "cut short", "scrambled early", "scrambled late"])
 def test_a_damaged_archive_is_refused(tmp_path: Path, how: str):
     path = tmp_path / "archive.tar.gz"
     # Few values, so that they compress: gzip stores noise as it is and would notice damage late.
