@@ -76,7 +76,7 @@ def finetune_codebooks(
 
     Raises:
         PlanError: if no weight of the model has few distinct values.
-        CodebookError: if a loss is NaN or infinite; the weights are then unchanged.
+        CodebookError: if a loss is NaN or infinite; the parameters are then unchanged.
 
     References:
         Han, Mao & Dally, "Deep Compression" (ICLR 2016); docs/method.md, eq. 11.
@@ -84,27 +84,32 @@ def finetune_codebooks(
     model = unwrapped(model)
     shared = _shared_weights(model, plan)
     values = {id(s.weight) for s in shared.values()}
-    free = [
-        p for p in model.parameters() if p.requires_grad and id(p) not in values and p.dim() < 2
-    ]
+    free = {
+        name: (p, p.detach().to(compute_dtype(p), copy=True).requires_grad_())
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in values and p.dim() < 2
+    }
     groups: list[dict[str, Any]] = [
         {"params": [s.codebook], "lr": lr * s.std} for s in shared.values()
     ]
-    groups += [{"params": free, "lr": lr}] if free else []
+    groups += [{"params": [wide for _, wide in free.values()], "lr": lr}] if free else []
     optimizer = torch.optim.Adam(groups)
     for step, (inputs, target) in enumerate(batches):
         optimizer.zero_grad(set_to_none=True)
         weights = {name: s.read() for name, s in shared.items()}
+        weights |= {name: wide.to(p.dtype) for name, (p, wide) in free.items()}
         value = loss(functional_call(model, weights, (inputs,)), target)
         if not bool(value.isfinite()):
             raise CodebookError(
-                f"finetune_codebooks: the loss is {float(value)} at step {step}. Lower lr."
+                f"finetune_codebooks: the loss is {float(value.detach())} at step {step}. Lower lr."
             )
         value.backward()
         optimizer.step()
     with torch.no_grad():
         for s in shared.values():
             s.weight.copy_(s.read())
+        for p, wide in free.values():
+            p.copy_(wide)
 
 
 def _shared_weights(model: nn.Module, plan: Plan | None) -> dict[str, _SharedWeight]:
@@ -114,7 +119,12 @@ def _shared_weights(model: nn.Module, plan: Plan | None) -> dict[str, _SharedWei
     else:
         axes = {w.name: w.axis for w in make_plan(model, k=1).selected}
         found = summary(model).layers
-        rows = [(r.name, r.codebooks, axes[r.name]) for r in found if r.name in axes]
+        rows = [
+            # Values per input channel, as another tool may leave them, lie along the other axis.
+            (r.name, r.codebooks, axes[r.name] ^ (1 < r.codebooks != r.shape[axes[r.name]]))
+            for r in found
+            if r.name in axes
+        ]
     if not rows:
         raise PlanError(
             f"{type(model).__name__} has no weight with few distinct values."
