@@ -102,7 +102,14 @@ def cubic(begin: float, end: float, *, steps: int, start: int = 0) -> Schedule:
 
 
 def as_schedule(value: "float | Schedule") -> Schedule:
-    """Return `value` itself if it is a schedule, else the constant."""
+    """Return `value` itself if it is a schedule, else the constant.
+
+    Args:
+        value: a number or a schedule.
+
+    Raises:
+        PlanError: if it is neither.
+    """
     if isinstance(value, Schedule):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):

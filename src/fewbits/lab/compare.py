@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -327,11 +328,9 @@ def _public(row: dict[str, Any]) -> dict[str, Any]:
 
 def environment(device: torch.device) -> dict[str, str]:
     """Return what the figures depend on: versions, processor, threads."""
-    from .. import __version__
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "fewbits": __version__,
+        "fewbits": version("fewbits"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
