@@ -6,10 +6,10 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed-$(subst /,_,$(subst $() ,_,$(TORCH)))
 
-.PHONY: demo test check setup bench clean
+.PHONY: demo test check setup clean
 
 demo: setup
-	$(BIN)/fewbits compare --data digits --model convnet --bits 2 --seed 0 --out runs/demo --overwrite $(ARGS)
+	$(BIN)/fewbits compare --data digits --bits 1,2 --seed 0-2 --methods kmeans,kmeans-finetuned,penalty,penalty-snapped --out runs/demo --overwrite $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -63,15 +63,15 @@ def finetune_codebooks(
 ) -> None:
     """In place: train the values that hardened weights share, their assignment fixed.
 
-    Biases and normalization are trained along. The optimizer is Adam with one learning rate per
-    tensor, in units of its standard deviation, since the gradient of a value is a sum over all
-    its weights and its size means little.
+    Biases and normalization are trained along. The optimizer is Adam, since the gradient of a
+    value is a sum over all its weights and its size means little.
 
     Args:
         model: a hardened or quantized module, in the mode (train or eval) you want.
         batches: (input, target) pairs on the model's device; one optimizer step each.
         loss: called with the model's output and the target; returns a 0-d tensor.
-        lr: step per batch, in standard deviations of each weight.
+        lr: learning rate of Adam: for values in standard deviations of their weight, for biases
+            and normalization as it is.
         plan: what the weights were clustered by; read off their values if not given.
 
     Raises:
