@@ -67,6 +67,8 @@ def test_a_codebook_that_the_optimizer_does_not_have_is_called_unmoved():
     train(model, clustering, torch.optim.SGD(without, lr=0.05), range(STEPS_BETWEEN_LOOKS))
     assert [row.unmoved for row in clustering.gap().layers] == [False, True]
     assert "unmoved" in str(clustering.gap()).splitlines()[2]
+    steps(clustering, STEPS_BETWEEN_LOOKS)  # without gradients
+    assert [row.unmoved for row in clustering.gap().layers] == [True, True]
 
 
 def test_a_dead_representative_takes_half_of_the_worst_cluster_and_that_is_logged(caplog):
@@ -82,16 +84,16 @@ def test_a_dead_representative_takes_half_of_the_worst_cluster_and_that_is_logge
 
 
 def test_dead_representatives_are_revived_in_each_group_apart():
-    weight = torch.tensor([[0.0, 1.0, 8.0, 9.0], [0.0, 4.0, 5.0, 5.0]])
+    weight = torch.tensor([[0.0, 4.0, 5.0, 5.0], [0.0, 1.0, 8.0, 9.0]])
     layer = nn.Linear(4, 2, bias=False)
     layer.weight.data.copy_(weight)
     plan = fewbits.plan(layer, k=2, granularity="channel")
     clustering = fewbits.Clustering(layer, plan=plan, snapped_forward=False)
     codebook = parameter(layer, "weight_codebook")
-    codebook.data.copy_(torch.tensor([[4.0, 99.0], [5.0, 0.0]]))
+    codebook.data.copy_(torch.tensor([[5.0, 0.0], [4.0, 99.0]]))
     steps(clustering, STEPS_BETWEEN_LOOKS)
-    assert sorted(codebook[0].tolist()) == [0.5, 8.5]
-    assert codebook[1].tolist() == [5.0, 0.0]
+    assert codebook[0].tolist() == [5.0, 0.0]
+    assert sorted(codebook[1].tolist()) == [0.5, 8.5]
 
 
 def test_representatives_that_entropy_priced_out_stay_dead():

@@ -93,6 +93,15 @@ def test_resuming_before_the_start_and_across_a_look_at_the_codebooks(optimizer)
     assert resumed.clustering.gap() == whole.clustering.gap()
 
 
+def test_a_codebook_that_rests_is_still_known_to_rest_after_resuming():
+    settings: dict[str, Any] = {"pull": fewbits.Penalty(0.0), "snapped_forward": False}
+    whole, resumed = Run(**settings), Run(**settings)
+    whole.train(range(47))
+    resumed.load(whole.save(), clustering_first=False)
+    resumed.train(range(47, 50))
+    assert all(row.unmoved for row in resumed.clustering.gap().layers)
+
+
 def test_saving_is_no_part_of_the_run():
     quiet, saved = Run(regularizer=RateAware()), Run(regularizer=RateAware())
     for step in range(6):

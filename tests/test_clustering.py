@@ -256,9 +256,11 @@ def test_asking_for_loss_and_gap_changes_nothing():
                 with torch.no_grad():
                     clustering.loss()
                     clustering.gap()
-        return model
+        return model, clustering.state_dict()["layers"]["0.weight"]["usage"]
 
-    assert same_state(run(ask=True), run(ask=False))
+    (asked, usage), (unasked, expected) = run(ask=True), run(ask=False)
+    assert same_state(asked, unasked)
+    assert torch.equal(usage, expected)
 
 
 @pytest.mark.parametrize("what", ["harden", "loss", "step", "gap"])
