@@ -139,6 +139,18 @@ def test_the_proximal_step_minimizes_its_definition(case, p, amount):
         assert torch.equal(moved[arrived], center[arrived]), "arrived exactly"
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_compiler_is_told_the_truth_about_the_snapped_read(axis, layout):
+    weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=layout).requires_grad_()
+    codebook = torch.randn(weight.shape[axis], 2, requires_grad=True)
+    # Shapes, strides and aliasing of the operator against those it promises.
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fewbits.snap, (weight, codebook, None, axis, "mean"), test_utils=tests
+    )
+
+
 def test_weights_reach_their_representatives_and_stay():
     model = two_layers()
     pull = fewbits.Proximal(fewbits.schedules.cubic(0.0, 1.0, steps=100))
