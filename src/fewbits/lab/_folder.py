@@ -124,7 +124,8 @@ def check(folder: Path, *, overwrite: bool) -> None:
         FileError: if it is a file, holds a run and may not be overwritten, or holds something
             else than a run.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    unborn = {".config.toml.tmp"}  # all there is when a run was killed as it began
+    if not folder.exists() or (folder.is_dir() and {f.name for f in folder.iterdir()} <= unborn):
         return
     if not overwrite:
         raise FileError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._errors import PlanError
 from .._finetune import finetune_codebooks
 from .._plan import Plan
 from .._plan import plan as make_plan
@@ -90,6 +91,8 @@ class Comparison:
         Raises:
             PlanError: with the reason.
         """
+        if not steps_per_epoch(self.data, self.config.batch_size):
+            raise PlanError(f"{self.data.name}: one training image makes no batch. Give more.")
         model = self._fresh(self.config.seeds[0])
         for k in self.config.k:
             self._plan(model, k)

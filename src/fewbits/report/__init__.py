@@ -98,7 +98,8 @@ def _require(items: Iterable[Mapping[str, Any]], keys: Iterable[str], path: Path
 
 def _replace(path: Path, content: str) -> None:
     """Write `content` beside `path` and rename it over `path`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Always the same name: what a kill leaves behind is replaced when the run is resumed.
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_text(content, encoding="utf-8", newline="\n")
         os.replace(beside, path)
