@@ -52,7 +52,7 @@ def measure(rows: int, columns: int, k: int, batch: int) -> int:
 
 def main() -> None:
     """Measure each k in a fresh process and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=11008)
     parser.add_argument("--batch", type=int, default=16)

@@ -1,6 +1,6 @@
 """Keep a run's results under docs/results: a data file, and the page made from it.
 
-    python benchmarks/results_page.py RUN NAME "Title" ["A note on how it was measured."]
+    python benchmarks/results_page.py RUN NAME "Title" ["A note." ["Name of the data"]]
     python benchmarks/results_page.py        # make every page anew from its data file
 
 The page holds nothing that is not in the data file; a test makes it anew and compares. The tables
@@ -91,9 +91,21 @@ def filled(readme: str) -> str:
     return re.sub(pattern, fill, readme, flags=re.DOTALL)
 
 
-def keep(run: Path, name: str, title: str, note: str = "") -> None:
-    """Write the data file of a finished run."""
+def keep(run: Path, name: str, title: str, note: str = "", data: str = "") -> None:
+    """Write the data file of a finished run.
+
+    Args:
+        run: its folder.
+        name: of the data file and the page.
+        title: of the page.
+        note: how it was measured, for the page.
+        data: what to call data from a folder, whose path says nothing to others.
+    """
     details = json.loads((run / "details.json").read_text())
+    if data:
+        details["command"] = details["command"].replace(details["config"]["data"], "FOLDER")
+        details["config"]["data"] = "FOLDER"
+        details["data"]["name"] = data
     kept = {"name": name, "title": title, "note": note} | {key: details[key] for key in KEPT}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -52,7 +52,7 @@ class Stepper:
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="vgg16")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=32)

@@ -4,7 +4,7 @@ All work on a weight viewed as (G, n), G groups that each have a codebook of K v
 piece by piece: no tensor of G x n x K elements exists, and a piece's temporaries stay in cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -96,11 +96,11 @@ def assign_pieces(
         Two slices and (g, m) integer indices.
     """
     search = _search(boundaries, weight.shape[1])
-    for rows, columns in pieces(*weight.shape, size):
+    for rows, columns in pieces(weight.shape[0], weight.shape[1], size):
         yield rows, columns, search(weight[rows, columns].to(boundaries.dtype), rows)
 
 
-def _search(boundaries: Tensor, members: int):
+def _search(boundaries: Tensor, members: int) -> Callable[[Tensor, slice], Tensor]:
     """Choose how to search: table, comparisons or bisection; all give the same indices."""
     groups, count = boundaries.shape
     if count == 0:

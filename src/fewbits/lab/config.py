@@ -170,6 +170,6 @@ def _typed(path: Path, key: str, value: Any, wanted: type) -> Any:
     if type(value) is not wanted:
         word = {str: "text", int: "whole number", float: "number", dict: "table"}[wanted]
         raise FileError(f"{path}: {key} is {value!r}. Give a {word}.")
-    if key == "overrides" and not all(isinstance(rule, dict) for rule in value.values()):
+    if isinstance(value, dict) and not all(isinstance(rule, dict) for rule in value.values()):
         raise FileError(f'{path}: overrides: write [overrides."PATTERN"] and k = 16 below it.')
     return value
