@@ -93,6 +93,12 @@ def _penalty_snapped(model: nn.Module, recipe: Recipe) -> Clustering:
     return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=True)
 
 
+def _penalty_late(model: nn.Module, recipe: Recipe) -> Clustering:
+    start = recipe.steps // 2
+    ramp = schedules.cubic(0.0, 0.05 * recipe.strength, start=start, steps=recipe.steps - start)
+    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=True)
+
+
 def _proximal(model: nn.Module, recipe: Recipe) -> Clustering:
     ramp = schedules.cubic(0.0, 0.1 * recipe.strength, steps=int(0.9 * recipe.steps))
     return _attach(model, recipe, Proximal(ramp), snapped_forward=False)
@@ -121,6 +127,7 @@ METHODS: dict[str, Method] = {
         "penalty, from random weights", attach=_penalty_scratch, scratch=True
     ),
     "penalty-snapped": Method("penalty and snapped forward", attach=_penalty_snapped),
+    "penalty-late": Method("penalty and snapped forward from half-way on", attach=_penalty_late),
     "proximal": Method("proximal, from the float network", attach=_proximal),
     "proximal-snapped": Method("proximal and snapped forward", attach=_proximal_snapped),
 }
