@@ -1,6 +1,8 @@
 """The pages against the code: blocks run, links lead somewhere, names and equations exist."""
 
 import dataclasses
+import importlib.util
+import json
 import re
 import sys
 import types
@@ -148,3 +150,18 @@ def test_guide_explains_every_name(what, names):
 def test_guide_gives_the_keys_of_a_row_in_their_order():
     table = prose(GUIDE).partition("### Rows")[2].partition("\n### ")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ROW_KEYS
+
+
+def test_the_pages_of_results_are_what_their_data_files_say():
+    path = ROOT / "benchmarks" / "results_page.py"
+    spec = importlib.util.spec_from_file_location("results_page", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    files = sorted((ROOT / "docs" / "results").glob("*.json"))
+    assert {file.stem for file in files} >= {"digits", "vgg16", "alexnet"}
+    for file in files:
+        assert module.page(json.loads(file.read_text())) == file.with_suffix(".md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "| float32 |" in readme
+    assert module.filled(readme) == readme
