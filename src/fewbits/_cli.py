@@ -200,7 +200,8 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
         rows = comparison.run(command=_folder.command_of(folder))
     except KeyboardInterrupt:
         progress.close()
-        print(f"fewbits: stopped. Go on with: fewbits compare --resume {folder}", file=sys.stderr)
+        again = f"fewbits compare --resume {shlex.quote(str(folder))}"
+        print(f"fewbits: stopped. Go on with: {again}", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         progress.close()

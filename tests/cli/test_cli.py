@@ -193,8 +193,8 @@ def test_overwrite_replaces_a_run(tmp_path):
     assert "models/kmeans-k4-seed0.safetensors" in written(tmp_path / "run")
 
 
-def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
-    arguments = ["train", *QUICK[:4], "--epochs", "500", "--out", "run", "--quiet"]
+def test_ctrl_c_keeps_the_last_checkpoint_and_the_command_it_names_goes_on(tmp_path):
+    arguments = ["train", *QUICK[:4], "--epochs", "100", "--out", "run", "--quiet"]
     child = subprocess.Popen(
         [*FEWBITS, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -206,6 +206,11 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path):
     assert child.returncode == 130
     assert message == "fewbits: stopped. Go on with: fewbits compare --resume run\n"
     assert checkpoint.exists()
+    resumed = fewbits(tmp_path, *message.split("fewbits ")[-1].split(), "--quiet")
+    assert resumed.returncode == 0, resumed.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    epochs = [json.loads(line) for line in lines]
+    assert [e["epoch"] for e in epochs if e["job"] == "float-seed0"] == list(range(1, 101))
 
 
 def test_help_names_every_method_and_regularizer(tmp_path):
