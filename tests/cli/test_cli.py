@@ -77,6 +77,18 @@ def test_the_run_folder_holds_config_metrics_models_and_report(finished):
     assert isinstance(gaps["penalty-k2-seed1"], float)
 
 
+def test_tensorboard_shows_the_same_metrics(finished):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run, _ = finished
+    history = json.loads((run / "jobs" / "penalty-k3-seed0" / "history.json").read_text())
+    events = accumulator.EventAccumulator(str(run / "tensorboard" / "penalty-k3-seed0"))
+    events.Reload()
+    for name in ("loss", "penalty", "accuracy", "hardening_gap"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        # TensorBoard keeps float32
+        assert shown == [(e["epoch"], pytest.approx(e[name], rel=1e-6)) for e in history]
+
+
 def test_the_saved_models_hold_as_few_values_as_the_row_says(finished):
     from safetensors.torch import load_file
 
