@@ -16,7 +16,7 @@ SRC = pathlib.Path(fewbits.__file__).parent
 # Lowest first: a module imports only from rows above its own.
 LAYERS = [
     {"_errors"},
-    {"_kernels"},
+    {"_kernels", "_symbols"},
     {"_kmeans", "schedules", "_rules"},
     {"_codebook"},
     {"regularizers", "_plan"},

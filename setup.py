@@ -1,0 +1,29 @@
+"""The compiled part of the build: everything else is in pyproject.toml.
+
+Each extension is optional: without a C compiler the package installs all the same, and plain
+NumPy or PyTorch code does the work more slowly, with the same results.
+"""
+
+import sys
+
+from setuptools import Extension, setup
+
+FLAGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-std=c11", "-fno-math-errno"]
+
+
+def extension(name: str, *sources: str) -> Extension:
+    """Return an optional extension for the stable ABI, so that one wheel serves every Python."""
+    return Extension(
+        name,
+        [f"src/fewbits/{source}" for source in sources],
+        extra_compile_args=FLAGS,
+        define_macros=[("Py_LIMITED_API", "0x030B0000")],
+        py_limited_api=True,
+        optional=True,
+    )
+
+
+setup(
+    ext_modules=[extension("fewbits._symbols._native", "_symbols/_native.c")],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,626 @@
+/* Compiled twin of _numpy.py, which defines what each function does.
+ *
+ * Every function takes flat C-contiguous buffers and checks their lengths itself: whatever the
+ * caller passes, nothing outside the buffers is read or written. The loops run without the GIL.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOW_STATE (1u << 16) /* a coder's state lies in [2^16, 2^32) between two symbols */
+#define MOST_LANES 256
+#define MOST_PRECISION 16
+#define CHUNK 4096 /* indices unpacked at a time on the stack, so that they stay in L1 */
+
+static PyObject *refuse(const char *why) {
+    PyErr_SetString(PyExc_ValueError, why);
+    return NULL;
+}
+
+/* ---- distinct values ------------------------------------------------------------------- */
+
+static inline uint64_t item(const unsigned char *data, Py_ssize_t i, int size) {
+    switch (size) {
+    case 1: return data[i];
+    case 2: return ((const uint16_t *)data)[i];
+    case 4: return ((const uint32_t *)data)[i];
+    default: return ((const uint64_t *)data)[i];
+    }
+}
+
+typedef struct {
+    uint64_t *keys;
+    uint32_t *ids; /* 0 is free, else the identity plus 1 */
+    uint32_t mask, count, most;
+} Table;
+
+/* Return a value's identity, giving it the next one if it is new; `most` if there are too many. */
+static inline uint32_t identity(Table *table, uint64_t value) {
+    uint32_t at = (uint32_t)((value * 0x9E3779B97F4A7C15ull) >> 40) & table->mask;
+    while (table->ids[at]) {
+        if (table->keys[at] == value) return table->ids[at] - 1;
+        at = (at + 1) & table->mask;
+    }
+    if (table->count == table->most) return table->most;
+    table->keys[at] = value;
+    table->ids[at] = ++table->count;
+    return table->count - 1;
+}
+
+/* Fill `indices` and `values`; inlined once per item size, so that the loop has no switch. */
+static inline int fill(Table *table, const unsigned char *data, Py_ssize_t n, int size,
+                       uint16_t *indices, uint64_t *values) {
+    for (Py_ssize_t i = 0; i < n; i++) {
+        uint64_t value = item(data, i, size);
+        uint32_t before = table->count, id = identity(table, value);
+        if (id == table->most) return 0;
+        if (table->count != before) values[id] = value;
+        indices[i] = (uint16_t)id;
+    }
+    return 1;
+}
+
+static PyObject *distinct(PyObject *self, PyObject *args) {
+    Py_buffer data, indices, values;
+    int most, ok = 0;
+    if (!PyArg_ParseTuple(args, "y*iw*w*", &data, &most, &indices, &values)) return NULL;
+    Py_ssize_t n = indices.len / 2, size = n ? data.len / n : 1;
+    PyObject *result = NULL;
+    Table table = {0};
+    uint32_t slots = 1024;
+    if ((size != 1 && size != 2 && size != 4 && size != 8) || most < 1 || most > 65536
+        || data.len != n * size || values.len < 8 * (Py_ssize_t)most) {
+        refuse("distinct: wrong sizes");
+        goto done;
+    }
+    while (slots < 4u * (uint32_t)most) slots *= 2;
+    table.most = (uint32_t)most;
+    table.mask = slots - 1;
+    table.keys = malloc(slots * sizeof(uint64_t));
+    table.ids = calloc(slots, sizeof(uint32_t));
+    if (!table.keys || !table.ids) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    switch (size) {
+    case 1: ok = fill(&table, data.buf, n, 1, indices.buf, values.buf); break;
+    case 2: ok = fill(&table, data.buf, n, 2, indices.buf, values.buf); break;
+    case 4: ok = fill(&table, data.buf, n, 4, indices.buf, values.buf); break;
+    default: ok = fill(&table, data.buf, n, 8, indices.buf, values.buf);
+    }
+    Py_END_ALLOW_THREADS
+    result = PyLong_FromLong(ok ? (long)table.count : -1);
+done:
+    free(table.keys);
+    free(table.ids);
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&values);
+    return result;
+}
+
+static PyObject *remap(PyObject *self, PyObject *args) {
+    Py_buffer indices, ranks;
+    if (!PyArg_ParseTuple(args, "w*y*", &indices, &ranks)) return NULL;
+    Py_ssize_t n = indices.len / 2, k = ranks.len / 2;
+    uint16_t *index = indices.buf;
+    const uint16_t *rank = ranks.buf;
+    int ok = 1;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < n; i++) {
+        if (index[i] >= k) {
+            ok = 0;
+            break;
+        }
+        index[i] = rank[index[i]];
+    }
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&ranks);
+    if (!ok) return refuse("remap: index out of range");
+    Py_RETURN_NONE;
+}
+
+/* Count the symbols of each group; elements lie as (outer, groups, run). */
+static PyObject *histogram(PyObject *self, PyObject *args) {
+    Py_buffer indices, counts;
+    Py_ssize_t outer, groups, run;
+    if (!PyArg_ParseTuple(args, "y*(nnn)w*", &indices, &outer, &groups, &run, &counts))
+        return NULL;
+    Py_ssize_t k = groups > 0 ? counts.len / 8 / groups : 0;
+    int ok = outer >= 0 && groups >= 1 && run >= 0 && k >= 1
+             && indices.len == 2 * outer * groups * run && counts.len == 8 * groups * k;
+    const uint16_t *index = indices.buf;
+    int64_t *count = counts.buf;
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t o = 0; ok && o < outer; o++)
+            for (Py_ssize_t g = 0; ok && g < groups; g++) {
+                int64_t *row = count + g * k;
+                for (Py_ssize_t i = 0; i < run; i++, index++) {
+                    if (*index >= k) {
+                        ok = 0;
+                        break;
+                    }
+                    row[*index]++;
+                }
+            }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&counts);
+    if (!ok) return refuse("histogram: wrong sizes or index out of range");
+    Py_RETURN_NONE;
+}
+
+/* ---- the order of contexts ------------------------------------------------------------- */
+
+/* Positions of one axis, those of class 0 first; `starts` has where each class begins. */
+static int by_class(const uint8_t *classes, Py_ssize_t size, int count, Py_ssize_t *order,
+                    Py_ssize_t *starts) {
+    Py_ssize_t filled = 0;
+    for (Py_ssize_t i = 0; i < size; i++)
+        if (classes[i] >= count) return 0;
+    for (int c = 0; c < count; c++) {
+        starts[c] = filled;
+        for (Py_ssize_t i = 0; i < size; i++)
+            if (classes[i] == c) order[filled++] = i;
+    }
+    starts[count] = filled;
+    return 1;
+}
+
+/* Copy between position order and context order; `back` copies from context order. */
+static PyObject *reorder(PyObject *self, PyObject *args) {
+    Py_buffer source, target, maps[3];
+    int counts[3], back, ok;
+    if (!PyArg_ParseTuple(args, "y*w*y*y*y*(iii)p", &source, &target, &maps[0], &maps[1], &maps[2],
+                          &counts[0], &counts[1], &counts[2], &back))
+        return NULL;
+    Py_ssize_t size[3], starts[3][257], *order[3] = {NULL, NULL, NULL};
+    for (int a = 0; a < 3; a++) size[a] = maps[a].len;
+    ok = source.len == target.len && source.len == 2 * size[0] * size[1] * size[2];
+    for (int a = 0; ok && a < 3; a++) {
+        ok = counts[a] >= 1 && counts[a] <= 256;
+        order[a] = ok ? malloc((size[a] ? size[a] : 1) * sizeof(Py_ssize_t)) : NULL;
+        ok = order[a] && by_class(maps[a].buf, size[a], counts[a], order[a], starts[a]);
+    }
+    if (ok) {
+        const uint16_t *from = source.buf;
+        uint16_t *to = target.buf;
+        Py_BEGIN_ALLOW_THREADS
+        for (int a = 0; a < counts[0]; a++)
+            for (int b = 0; b < counts[1]; b++)
+                for (int t = 0; t < counts[2]; t++)
+                    for (Py_ssize_t i = starts[0][a]; i < starts[0][a + 1]; i++)
+                        for (Py_ssize_t j = starts[1][b]; j < starts[1][b + 1]; j++) {
+                            Py_ssize_t base = (order[0][i] * size[1] + order[1][j]) * size[2];
+                            const Py_ssize_t *last = order[2] + starts[2][t + 1];
+                            const Py_ssize_t *tap = order[2] + starts[2][t];
+                            if (back)
+                                for (; tap < last; tap++) to[base + *tap] = *from++;
+                            else
+                                for (; tap < last; tap++) *to++ = from[base + *tap];
+                        }
+        Py_END_ALLOW_THREADS
+    }
+    for (int a = 0; a < 3; a++) {
+        free(order[a]);
+        PyBuffer_Release(&maps[a]);
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&target);
+    if (!ok) return refuse("reorder: wrong sizes or class out of range");
+    Py_RETURN_NONE;
+}
+
+/* ---- fixed width ----------------------------------------------------------------------- */
+
+static PyObject *pack(PyObject *self, PyObject *args) {
+    Py_buffer indices, packed;
+    int width;
+    if (!PyArg_ParseTuple(args, "y*iw*", &indices, &width, &packed)) return NULL;
+    Py_ssize_t n = indices.len / 2;
+    int ok = width >= 0 && width <= 16 && packed.len == (n * width + 7) / 8;
+    if (ok) {
+        const uint16_t *index = indices.buf;
+        unsigned char *to = packed.buf;
+        uint64_t held = 0, wide = 0;
+        int bits = 0;
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < n; i++) {
+            wide |= index[i];
+            held |= (uint64_t)index[i] << bits;
+            for (bits += width; bits >= 8; bits -= 8, held >>= 8) *to++ = (unsigned char)held;
+        }
+        if (bits) *to = (unsigned char)held;
+        Py_END_ALLOW_THREADS
+        ok = wide >> width == 0;
+    }
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&packed);
+    if (!ok) return refuse("pack: wrong sizes or index too wide");
+    Py_RETURN_NONE;
+}
+
+/* Unpack `count` indices from a multiple of 8 indices on; `data` may be read up to `end` only. */
+static void unpack_some(const unsigned char *data, const unsigned char *end, int width,
+                        Py_ssize_t count, uint16_t *index) {
+    uint32_t mask = (1u << width) - 1;
+    if (width == 4) {
+        for (; count >= 2; count -= 2, data++) {
+            *index++ = *data & 15;
+            *index++ = *data >> 4;
+        }
+    } else if (width == 8) {
+        for (; count; count--) *index++ = *data++;
+    } else if (width) {
+        /* Groups of eight indices are `width` bytes; two loads of 8 bytes cover them. */
+        for (; count >= 8 && end - data >= 16; count -= 8, data += width) {
+            uint64_t low, high;
+            memcpy(&low, data, 8);
+            memcpy(&high, data + width / 2, 8);
+            int skip = 4 * width - 8 * (width / 2);
+            for (int i = 0; i < 4; i++) *index++ = (low >> (i * width)) & mask;
+            for (int i = 0; i < 4; i++) *index++ = (high >> (skip + i * width)) & mask;
+        }
+    }
+    uint32_t held = 0;
+    int bits = 0;
+    for (; count; count--) {
+        for (; bits < width; bits += 8) held |= (uint32_t)(data < end ? *data++ : 0) << bits;
+        *index++ = held & mask;
+        held >>= width;
+        bits -= width;
+    }
+}
+
+typedef struct {
+    Py_ssize_t outer, groups, run, k; /* elements lie as (outer, groups, run) */
+    int size;                         /* bytes of a value */
+} Layout;
+
+static int layout_fits(Layout *of, Py_ssize_t n, const Py_buffer *codebook, const Py_buffer *out) {
+    if (of->outer < 1 || of->groups < 1 || of->run < 1 || of->k < 1
+        || n != of->outer * of->groups * of->run)
+        return 0;
+    of->size = (int)(out->len / n);
+    return (of->size == 1 || of->size == 2 || of->size == 4 || of->size == 8)
+           && codebook->len == of->groups * of->k * of->size && out->len == n * of->size;
+}
+
+/* Write the values of indices from position `at` on; 0 if an index is not below k. */
+static int write_values(const uint16_t *index, Py_ssize_t count, Py_ssize_t at, const Layout *of,
+                        const unsigned char *codebook, unsigned char *out) {
+    uint32_t widest = 0;
+    for (Py_ssize_t i = 0; i < count; i++) widest = index[i] > widest ? index[i] : widest;
+    if (count && widest >= (size_t)of->k) return 0;
+    while (count) {
+        Py_ssize_t left = of->run - at % of->run, part = left < count ? left : count;
+        const unsigned char *book = codebook + (at / of->run % of->groups) * of->k * of->size;
+        switch (of->size) {
+        case 1:
+            for (Py_ssize_t i = 0; i < part; i++) out[at + i] = book[index[i]];
+            break;
+        case 2:
+            for (Py_ssize_t i = 0; i < part; i++)
+                ((uint16_t *)out)[at + i] = ((const uint16_t *)book)[index[i]];
+            break;
+        case 4:
+            for (Py_ssize_t i = 0; i < part; i++)
+                ((uint32_t *)out)[at + i] = ((const uint32_t *)book)[index[i]];
+            break;
+        default:
+            for (Py_ssize_t i = 0; i < part; i++)
+                ((uint64_t *)out)[at + i] = ((const uint64_t *)book)[index[i]];
+        }
+        index += part;
+        count -= part;
+        at += part;
+    }
+    return 1;
+}
+
+static PyObject *unpack(PyObject *self, PyObject *args) {
+    Py_buffer packed, indices;
+    int width;
+    if (!PyArg_ParseTuple(args, "y*iw*", &packed, &width, &indices)) return NULL;
+    Py_ssize_t n = indices.len / 2;
+    int ok = width >= 0 && width <= 16 && packed.len == (n * width + 7) / 8;
+    if (ok) {
+        const unsigned char *data = packed.buf;
+        Py_BEGIN_ALLOW_THREADS
+        unpack_some(data, data + packed.len, width, n, indices.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&packed);
+    PyBuffer_Release(&indices);
+    if (!ok) return refuse("unpack: wrong sizes");
+    Py_RETURN_NONE;
+}
+
+static PyObject *expand(PyObject *self, PyObject *args) {
+    Py_buffer indices, codebook, out;
+    Layout of;
+    int ok;
+    if (!PyArg_ParseTuple(args, "y*(nnn)ny*w*", &indices, &of.outer, &of.groups, &of.run, &of.k,
+                          &codebook, &out))
+        return NULL;
+    Py_ssize_t n = indices.len / 2;
+    ok = layout_fits(&of, n, &codebook, &out);
+    if (ok) {
+        const uint16_t *index = indices.buf;
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t at = 0; ok && at < n; at += CHUNK)
+            ok = write_values(index + at, n - at < CHUNK ? n - at : CHUNK, at, &of, codebook.buf,
+                              out.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&codebook);
+    PyBuffer_Release(&out);
+    if (!ok) return refuse("expand: wrong sizes or index out of range");
+    Py_RETURN_NONE;
+}
+
+/* `unpack` and `expand` in one pass. */
+static PyObject *unpack_expand(PyObject *self, PyObject *args) {
+    Py_buffer packed, codebook, out;
+    Layout of;
+    int width, ok;
+    if (!PyArg_ParseTuple(args, "y*i(nnn)ny*w*", &packed, &width, &of.outer, &of.groups, &of.run,
+                          &of.k, &codebook, &out))
+        return NULL;
+    Py_ssize_t n = of.outer * of.groups * of.run;
+    ok = layout_fits(&of, n, &codebook, &out) && width >= 0 && width <= 16
+         && packed.len == (n * width + 7) / 8;
+    if (ok) {
+        const unsigned char *data = packed.buf, *end = data + packed.len;
+        uint16_t index[CHUNK];
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t at = 0; ok && at < n; at += CHUNK) {
+            Py_ssize_t count = n - at < CHUNK ? n - at : CHUNK;
+            unpack_some(data + at / 8 * width, end, width, count, index);
+            ok = write_values(index, count, at, &of, codebook.buf, out.buf);
+        }
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&packed);
+    PyBuffer_Release(&codebook);
+    PyBuffer_Release(&out);
+    if (!ok) return refuse("unpack: wrong sizes or index out of range");
+    Py_RETURN_NONE;
+}
+
+/* ---- range asymmetric numeral systems -------------------------------------------------- */
+
+typedef struct {
+    uint32_t share, below; /* of 2^precision: this symbol's slots, and those of all before it */
+} Slots;
+
+/* The slots of one context; 0 if they do not add up to 2^precision. */
+static int slots_of(const uint32_t *shares, Py_ssize_t k, int precision, Slots *slots) {
+    uint64_t below = 0;
+    for (Py_ssize_t s = 0; s < k; s++) {
+        slots[s].share = shares[s];
+        slots[s].below = (uint32_t)below;
+        below += shares[s];
+        if (below > 1u << precision) return 0;
+    }
+    return below == 1u << precision;
+}
+
+static int stream_fits(Py_ssize_t n, const Py_buffer *lengths, const Py_buffer *shares,
+                       Py_ssize_t k, int precision, Py_ssize_t lanes) {
+    Py_ssize_t contexts = lengths->len / 8, total = 0;
+    if (k < 1 || k > 65536 || precision < 1 || precision > MOST_PRECISION || lanes < 1
+        || lanes > MOST_LANES || shares->len != 4 * contexts * k)
+        return 0;
+    for (Py_ssize_t c = 0; c < contexts; c++) {
+        int64_t length = ((const int64_t *)lengths->buf)[c];
+        if (length < 0 || length > n - total) return 0;
+        total += length;
+    }
+    return total == n;
+}
+
+/* Encode backwards, words from the end of `words` down; returns the first, or NULL. */
+static uint16_t *encode_all(const uint16_t *symbols, Py_ssize_t n, const int64_t *lengths,
+                            Py_ssize_t contexts, const uint32_t *shares, Py_ssize_t k,
+                            int precision, Py_ssize_t lanes, Slots *slots, uint32_t *state,
+                            uint16_t *words) {
+    uint16_t *to = words + n;
+    const uint16_t *symbol = symbols + n;
+    for (Py_ssize_t l = 0; l < lanes; l++) state[l] = LOW_STATE;
+    for (Py_ssize_t c = contexts - 1; c >= 0; c--) {
+        if (!lengths[c]) continue;
+        if (!slots_of(shares + c * k, k, precision, slots)) return NULL;
+        Py_ssize_t lane = lengths[c] % lanes;
+        for (int64_t i = lengths[c]; i; i--) {
+            lane = (lane ? lane : lanes) - 1;
+            uint16_t s = *--symbol;
+            if (s >= k || !slots[s].share) return NULL;
+            uint32_t x = state[lane], share = slots[s].share;
+            if (x >= (uint64_t)share << (32 - precision)) {
+                *--to = (uint16_t)x;
+                x >>= 16;
+            }
+            uint32_t quotient = x / share;
+            state[lane] = (quotient << precision) + (x - quotient * share) + slots[s].below;
+        }
+    }
+    return to;
+}
+
+static PyObject *encode(PyObject *self, PyObject *args) {
+    Py_buffer symbols, lengths, shares;
+    Py_ssize_t k, lanes;
+    int precision;
+    if (!PyArg_ParseTuple(args, "y*y*y*nin", &symbols, &lengths, &shares, &k, &precision, &lanes))
+        return NULL;
+    Py_ssize_t n = symbols.len / 2;
+    PyObject *result = NULL;
+    Slots *slots = NULL;
+    uint16_t *words = NULL, *first = NULL;
+    uint32_t state[MOST_LANES];
+    if (!stream_fits(n, &lengths, &shares, k, precision, lanes)) {
+        refuse("encode: wrong sizes");
+        goto done;
+    }
+    slots = malloc(k * sizeof(Slots));
+    words = malloc((n ? n : 1) * sizeof(uint16_t));
+    if (!slots || !words) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    first = encode_all(symbols.buf, n, lengths.buf, lengths.len / 8, shares.buf, k, precision,
+                       lanes, slots, state, words);
+    Py_END_ALLOW_THREADS
+    if (!first) {
+        refuse("encode: a symbol has no share, or shares do not add up");
+        goto done;
+    }
+    result = PyBytes_FromStringAndSize(NULL, 4 * lanes + 2 * (words + n - first));
+    if (result) {
+        char *to = PyBytes_AsString(result);
+        memcpy(to, state, 4 * lanes);
+        memcpy(to + 4 * lanes, first, 2 * (words + n - first));
+    }
+done:
+    free(slots);
+    free(words);
+    PyBuffer_Release(&symbols);
+    PyBuffer_Release(&lengths);
+    PyBuffer_Release(&shares);
+    return result;
+}
+
+/* Decode one context's symbols; returns the next word, or NULL where the words end too early. */
+static const uint16_t *decode_context(const uint16_t *word, const uint16_t *end, int64_t length,
+                                      const Slots *slots, const uint16_t *symbol_at,
+                                      int precision, Py_ssize_t lanes, uint32_t *state,
+                                      uint16_t *out) {
+    uint32_t mask = (1u << precision) - 1;
+    while (length) {
+        Py_ssize_t step = length < lanes ? (Py_ssize_t)length : lanes;
+        if (end - word < step) { /* every symbol may take a word: near the end, look each time */
+            for (Py_ssize_t l = 0; l < step; l++) {
+                uint32_t x = state[l], s = symbol_at[x & mask];
+                x = slots[s].share * (x >> precision) + (x & mask) - slots[s].below;
+                if (x < LOW_STATE) {
+                    if (word == end) return NULL;
+                    x = x << 16 | *word++;
+                }
+                state[l] = x;
+                *out++ = (uint16_t)s;
+            }
+        } else {
+            for (Py_ssize_t l = 0; l < step; l++) {
+                uint32_t x = state[l], s = symbol_at[x & mask];
+                x = slots[s].share * (x >> precision) + (x & mask) - slots[s].below;
+                uint32_t more = x < LOW_STATE, longer = x << 16 | *word;
+                state[l] = more ? longer : x;
+                word += more;
+                *out++ = (uint16_t)s;
+            }
+        }
+        length -= step;
+    }
+    return word;
+}
+
+/* 1 done, 0 shares that do not add up, -1 words that do not fit the symbols. */
+static int decode_all(const unsigned char *data, Py_ssize_t size, const int64_t *lengths,
+                      Py_ssize_t contexts, const uint32_t *shares, Py_ssize_t k, int precision,
+                      Py_ssize_t lanes, Slots *slots, uint16_t *symbol_at, uint16_t *words,
+                      uint16_t *out) {
+    uint32_t state[MOST_LANES];
+    memcpy(state, data, 4 * lanes);
+    memcpy(words, data + 4 * lanes, size - 4 * lanes);
+    const uint16_t *word = words, *end = words + (size - 4 * lanes) / 2;
+    for (Py_ssize_t l = 0; l < lanes; l++)
+        if (state[l] < LOW_STATE) return -1;
+    for (Py_ssize_t c = 0; c < contexts; c++) {
+        if (!lengths[c]) continue;
+        if (!slots_of(shares + c * k, k, precision, slots)) return 0;
+        for (Py_ssize_t s = 0; s < k; s++)
+            for (uint32_t i = 0; i < slots[s].share; i++)
+                symbol_at[slots[s].below + i] = (uint16_t)s;
+        word = decode_context(word, end, lengths[c], slots, symbol_at, precision, lanes, state,
+                              out);
+        if (!word) return -1;
+        out += lengths[c];
+    }
+    for (Py_ssize_t l = 0; l < lanes; l++)
+        if (state[l] != LOW_STATE) return -1;
+    return word == end ? 1 : -1;
+}
+
+static PyObject *decode(PyObject *self, PyObject *args) {
+    Py_buffer data, lengths, shares, symbols;
+    Py_ssize_t k, lanes;
+    int precision, outcome = 0;
+    if (!PyArg_ParseTuple(args, "y*y*y*ninw*", &data, &lengths, &shares, &k, &precision, &lanes,
+                          &symbols))
+        return NULL;
+    PyObject *result = NULL;
+    Slots *slots = NULL;
+    uint16_t *symbol_at = NULL, *words = NULL;
+    if (!stream_fits(symbols.len / 2, &lengths, &shares, k, precision, lanes)
+        || data.len < 4 * lanes || data.len % 2) {
+        refuse("decode: wrong sizes");
+        goto done;
+    }
+    slots = malloc(k * sizeof(Slots));
+    symbol_at = malloc(sizeof(uint16_t) << precision);
+    words = malloc(data.len - 4 * lanes + 2); /* aligned, whatever the buffer's start is */
+    if (!slots || !symbol_at || !words) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    outcome = decode_all(data.buf, data.len, lengths.buf, lengths.len / 8, shares.buf, k,
+                         precision, lanes, slots, symbol_at, words, symbols.buf);
+    Py_END_ALLOW_THREADS
+    if (outcome == 1) {
+        Py_INCREF(Py_None);
+        result = Py_None;
+    } else {
+        refuse(outcome ? "the words do not fit the symbols" : "the shares do not add up");
+    }
+done:
+    free(slots);
+    free(symbol_at);
+    free(words);
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&lengths);
+    PyBuffer_Release(&shares);
+    PyBuffer_Release(&symbols);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"distinct", distinct, METH_VARARGS, NULL},
+    {"remap", remap, METH_VARARGS, NULL},
+    {"histogram", histogram, METH_VARARGS, NULL},
+    {"reorder", reorder, METH_VARARGS, NULL},
+    {"pack", pack, METH_VARARGS, NULL},
+    {"unpack", unpack, METH_VARARGS, NULL},
+    {"expand", expand, METH_VARARGS, NULL},
+    {"unpack_expand", unpack_expand, METH_VARARGS, NULL},
+    {"encode", encode, METH_VARARGS, NULL},
+    {"decode", decode, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_native", "Compiled twin of _numpy.py.", -1, methods,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
