@@ -17,9 +17,10 @@ SRC = pathlib.Path(fewbits.__file__).parent
 LAYERS = [
     {"_errors"},
     {"_kernels", "_symbols"},
-    {"_kmeans", "schedules", "_rules"},
+    {"_kmeans", "schedules", "_rules", "_indexed"},
     {"_codebook"},
     {"regularizers", "_plan"},
+    {"_file"},
     {"_pull", "_summary", "_gap"},
     {"_snapped", "_resolve"},
     {"_attach"},

@@ -9,6 +9,8 @@ from ._errors import CodebookError as CodebookError
 from ._errors import FewbitsError as FewbitsError
 from ._errors import FileError as FileError
 from ._errors import PlanError as PlanError
+from ._file import load as load
+from ._file import save as save
 from ._finetune import finetune_codebooks as finetune_codebooks
 from ._finetune import reestimate_batch_norm as reestimate_batch_norm
 from ._gap import Gap as Gap
@@ -32,10 +34,12 @@ __all__ = [
     "Proximal",
     "Summary",
     "finetune_codebooks",
+    "load",
     "plan",
     "quantize",
     "reestimate_batch_norm",
     "regularizers",
+    "save",
     "schedules",
     "summary",
 ]

@@ -13,6 +13,7 @@
 #define LOW_STATE (1u << 16) /* a coder's state lies in [2^16, 2^32) between two symbols */
 #define MOST_LANES 256
 #define MOST_PRECISION 16
+#define MOST_CLASSES 256
 #define CHUNK 4096 /* indices unpacked at a time on the stack, so that they stay in L1 */
 
 static PyObject *refuse(const char *why) {
@@ -125,93 +126,113 @@ static PyObject *remap(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Count the symbols of each group; elements lie as (outer, groups, run). */
+/* ---- contexts -------------------------------------------------------------------------- */
+
+typedef struct {
+    Py_buffer maps[3]; /* int32, the class of each position on an axis */
+    Py_ssize_t size[3];
+    int count[3];
+} Axes;
+
+static int axes_fit(Axes *axes, Py_ssize_t n) {
+    for (int a = 0; a < 3; a++) axes->size[a] = axes->maps[a].len / 4;
+    if (n != axes->size[0] * axes->size[1] * axes->size[2]) return 0;
+    for (int a = 0; a < 3; a++) {
+        const int32_t *map = axes->maps[a].buf;
+        for (Py_ssize_t i = 0; i < axes->size[a]; i++)
+            if (map[i] < 0 || map[i] >= axes->count[a]) return 0;
+    }
+    return 1;
+}
+
+static void release_axes(Axes *axes) {
+    for (int a = 0; a < 3; a++) PyBuffer_Release(&axes->maps[a]);
+}
+
 static PyObject *histogram(PyObject *self, PyObject *args) {
-    Py_buffer indices, counts;
-    Py_ssize_t outer, groups, run;
-    if (!PyArg_ParseTuple(args, "y*(nnn)w*", &indices, &outer, &groups, &run, &counts))
+    Py_buffer indices, table;
+    Axes axes;
+    if (!PyArg_ParseTuple(args, "y*(y*y*y*)(iii)w*", &indices, &axes.maps[0], &axes.maps[1],
+                          &axes.maps[2], &axes.count[0], &axes.count[1], &axes.count[2], &table))
         return NULL;
-    Py_ssize_t k = groups > 0 ? counts.len / 8 / groups : 0;
-    int ok = outer >= 0 && groups >= 1 && run >= 0 && k >= 1
-             && indices.len == 2 * outer * groups * run && counts.len == 8 * groups * k;
-    const uint16_t *index = indices.buf;
-    int64_t *count = counts.buf;
+    int64_t contexts = (int64_t)axes.count[0] * axes.count[1] * axes.count[2];
+    Py_ssize_t k = contexts > 0 ? table.len / 8 / contexts : 0;
+    int ok = axes_fit(&axes, indices.len / 2) && k >= 1 && table.len == 8 * contexts * k;
     if (ok) {
+        const uint16_t *index = indices.buf;
+        const int32_t *first = axes.maps[0].buf, *second = axes.maps[1].buf,
+                      *rest = axes.maps[2].buf;
         Py_BEGIN_ALLOW_THREADS
-        for (Py_ssize_t o = 0; ok && o < outer; o++)
-            for (Py_ssize_t g = 0; ok && g < groups; g++) {
-                int64_t *row = count + g * k;
-                for (Py_ssize_t i = 0; i < run; i++, index++) {
+        for (Py_ssize_t i = 0; ok && i < axes.size[0]; i++)
+            for (Py_ssize_t j = 0; ok && j < axes.size[1]; j++) {
+                int64_t context = ((int64_t)first[i] * axes.count[1] + second[j]) * axes.count[2];
+                int64_t *rows = (int64_t *)table.buf + context * k;
+                for (Py_ssize_t t = 0; t < axes.size[2]; t++, index++) {
                     if (*index >= k) {
                         ok = 0;
                         break;
                     }
-                    row[*index]++;
+                    rows[rest[t] * k + *index]++;
                 }
             }
         Py_END_ALLOW_THREADS
     }
+    release_axes(&axes);
     PyBuffer_Release(&indices);
-    PyBuffer_Release(&counts);
-    if (!ok) return refuse("histogram: wrong sizes or index out of range");
+    PyBuffer_Release(&table);
+    if (!ok) return refuse("histogram: wrong sizes, or class or index out of range");
     Py_RETURN_NONE;
 }
 
-/* ---- the order of contexts ------------------------------------------------------------- */
-
 /* Positions of one axis, those of class 0 first; `starts` has where each class begins. */
-static int by_class(const uint8_t *classes, Py_ssize_t size, int count, Py_ssize_t *order,
-                    Py_ssize_t *starts) {
-    Py_ssize_t filled = 0;
-    for (Py_ssize_t i = 0; i < size; i++)
-        if (classes[i] >= count) return 0;
-    for (int c = 0; c < count; c++) {
+static Py_ssize_t *by_class(const int32_t *map, Py_ssize_t size, int count, Py_ssize_t *starts) {
+    Py_ssize_t *order = malloc((size ? size : 1) * sizeof(Py_ssize_t)), filled = 0;
+    for (int c = 0; order && c < count; c++) {
         starts[c] = filled;
         for (Py_ssize_t i = 0; i < size; i++)
-            if (classes[i] == c) order[filled++] = i;
+            if (map[i] == c) order[filled++] = i;
     }
     starts[count] = filled;
-    return 1;
+    return order;
 }
 
-/* Copy between position order and context order; `back` copies from context order. */
 static PyObject *reorder(PyObject *self, PyObject *args) {
-    Py_buffer source, target, maps[3];
-    int counts[3], back, ok;
-    if (!PyArg_ParseTuple(args, "y*w*y*y*y*(iii)p", &source, &target, &maps[0], &maps[1], &maps[2],
-                          &counts[0], &counts[1], &counts[2], &back))
+    Py_buffer source, target;
+    Axes axes;
+    int back;
+    if (!PyArg_ParseTuple(args, "y*(y*y*y*)(iii)w*p", &source, &axes.maps[0], &axes.maps[1],
+                          &axes.maps[2], &axes.count[0], &axes.count[1], &axes.count[2], &target,
+                          &back))
         return NULL;
-    Py_ssize_t size[3], starts[3][257], *order[3] = {NULL, NULL, NULL};
-    for (int a = 0; a < 3; a++) size[a] = maps[a].len;
-    ok = source.len == target.len && source.len == 2 * size[0] * size[1] * size[2];
+    Py_ssize_t starts[3][MOST_CLASSES + 1], *order[3] = {NULL, NULL, NULL};
+    const int *count = axes.count;
+    int ok = source.len == target.len && axes_fit(&axes, source.len / 2);
     for (int a = 0; ok && a < 3; a++) {
-        ok = counts[a] >= 1 && counts[a] <= 256;
-        order[a] = ok ? malloc((size[a] ? size[a] : 1) * sizeof(Py_ssize_t)) : NULL;
-        ok = order[a] && by_class(maps[a].buf, size[a], counts[a], order[a], starts[a]);
+        ok = count[a] >= 1 && count[a] <= MOST_CLASSES;
+        if (ok) order[a] = by_class(axes.maps[a].buf, axes.size[a], count[a], starts[a]);
+        ok = ok && order[a];
     }
     if (ok) {
         const uint16_t *from = source.buf;
         uint16_t *to = target.buf;
         Py_BEGIN_ALLOW_THREADS
-        for (int a = 0; a < counts[0]; a++)
-            for (int b = 0; b < counts[1]; b++)
-                for (int t = 0; t < counts[2]; t++)
-                    for (Py_ssize_t i = starts[0][a]; i < starts[0][a + 1]; i++)
-                        for (Py_ssize_t j = starts[1][b]; j < starts[1][b + 1]; j++) {
-                            Py_ssize_t base = (order[0][i] * size[1] + order[1][j]) * size[2];
-                            const Py_ssize_t *last = order[2] + starts[2][t + 1];
-                            const Py_ssize_t *tap = order[2] + starts[2][t];
-                            if (back)
-                                for (; tap < last; tap++) to[base + *tap] = *from++;
-                            else
-                                for (; tap < last; tap++) *to++ = from[base + *tap];
-                        }
+        for (int c = 0; c < count[0] * count[1] * count[2]; c++) {
+            int a = c / count[2] / count[1], b = c / count[2] % count[1], t = c % count[2];
+            const Py_ssize_t *last = order[2] + starts[2][t + 1];
+            for (Py_ssize_t i = starts[0][a]; i < starts[0][a + 1]; i++)
+                for (Py_ssize_t j = starts[1][b]; j < starts[1][b + 1]; j++) {
+                    Py_ssize_t base = (order[0][i] * axes.size[1] + order[1][j]) * axes.size[2];
+                    const Py_ssize_t *at = order[2] + starts[2][t];
+                    if (back)
+                        for (; at < last; at++) to[base + *at] = *from++;
+                    else
+                        for (; at < last; at++) *to++ = from[base + *at];
+                }
+        }
         Py_END_ALLOW_THREADS
     }
-    for (int a = 0; a < 3; a++) {
-        free(order[a]);
-        PyBuffer_Release(&maps[a]);
-    }
+    for (int a = 0; a < 3; a++) free(order[a]);
+    release_axes(&axes);
     PyBuffer_Release(&source);
     PyBuffer_Release(&target);
     if (!ok) return refuse("reorder: wrong sizes or class out of range");

@@ -14,6 +14,7 @@ LOW_STATE = 1 << 16
 _CHUNK = 1 << 18  # elements at a time where temporaries are wider than the elements
 
 Array = NDArray[Any]
+Maps = tuple[Array, Array, Array]
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -59,61 +60,67 @@ def remap(indices: Array, ranks: Array) -> None:
         indices[part] = ranks[indices[part]]
 
 
-def histogram(indices: Array, shape: tuple[int, int, int], counts: Array) -> None:
-    """Add to `counts` how often each value occurs in each group.
+def histogram(indices: Array, maps: Maps, counts: tuple[int, int, int], table: Array) -> None:
+    """Add to `table` how often each index occurs in each context.
+
+    The context of position (a, b, t) is the triple of classes (maps[0][a], maps[1][b], maps[2][t]).
 
     Args:
-        indices: (outer x groups x run,) uint16.
-        shape: (outer, groups, run), as which they lie.
-        counts: (groups x k,) int64.
+        indices: (A x B x T,) uint16.
+        maps: (A,), (B,) and (T,) int32, the class of each position on its axis.
+        counts: number of classes on each axis.
+        table: (contexts x k,) int64, contexts in lexicographic order.
 
     Raises:
-        ValueError: if an index is not below k.
+        ValueError: if a class is not below its count, or an index not below k.
     """
-    groups = shape[1]
-    k = len(counts) // groups
+    contexts = counts[0] * counts[1] * counts[2]
+    _check_maps(maps, counts)
+    k = len(table) // contexts
     if len(indices) and int(indices.max()) >= k:
-        raise ValueError("histogram: wrong sizes or index out of range")
-    view, table = indices.reshape(shape), counts.reshape(groups, k)
-    for group in range(groups):
-        table[group] += np.bincount(view[:, group].reshape(-1), minlength=k)
+        raise ValueError("histogram: index out of range")
+    view = indices.reshape(len(maps[0]), -1)
+    inner = (maps[1][:, None].astype(np.int64) * counts[2] + maps[2]).reshape(-1)
+    for row, first in zip(view, maps[0], strict=True):  # a row at a time: contexts are 8 bytes each
+        context = int(first) * counts[1] * counts[2] + inner
+        table += np.bincount(context * k + row, minlength=len(table))
 
 
 def reorder(
-    source: Array, target: Array, first: Array, second: Array, rest: Array,
-    counts: tuple[int, int, int], back: bool,
-) -> None:  # fmt: skip
-    """Copy (A, B, T) indices into the order of their contexts, or back.
+    source: Array, maps: Maps, counts: tuple[int, int, int], target: Array, back: bool
+) -> None:
+    """Copy indices into the order of their contexts, or back.
 
-    The context of position (a, b, t) is the triple of classes (first[a], second[b], rest[t]).
     Contexts come in lexicographic order, the positions of one context in theirs.
 
     Args:
         source: (A x B x T,) uint16.
-        target: the same, written to.
-        first: (A,) uint8, class of each position on the first axis.
-        second: (B,) uint8.
-        rest: (T,) uint8.
-        counts: number of classes on each axis.
+        maps: as in `histogram`.
+        counts: as in `histogram`, at most 256 each.
+        target: like `source`, written to.
         back: whether `source` is in context order.
 
     Raises:
         ValueError: if a class is not below its count.
     """
-    maps = (first, second, rest)
-    if any(len(m) and int(m.max()) >= count for m, count in zip(maps, counts, strict=True)):
-        raise ValueError("reorder: wrong sizes or class out of range")
+    _check_maps(maps, counts)
     shape = tuple(len(m) for m in maps)
     done = 0
     for context in np.ndindex(*counts):
         where = np.ix_(*(np.flatnonzero(m == c) for m, c in zip(maps, context, strict=True)))
-        size = int(np.prod([len(axis.reshape(-1)) for axis in where]))
+        block = [axis.size for axis in where]
+        part = slice(done, done + block[0] * block[1] * block[2])
         if back:
-            block = source[done : done + size].reshape([axis.size for axis in where])
-            target.reshape(shape)[where] = block
+            target.reshape(shape)[where] = source[part].reshape(block)
         else:
-            target[done : done + size] = source.reshape(shape)[where].reshape(-1)
-        done += size
+            target[part] = source.reshape(shape)[where].reshape(-1)
+        done = part.stop
+
+
+def _check_maps(maps: Maps, counts: tuple[int, int, int]) -> None:
+    for classes, count in zip(maps, counts, strict=True):
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < count:
+            raise ValueError("a class is out of range")
 
 
 def pack(indices: Array, width: int, packed: Array) -> None:

@@ -1,0 +1,11 @@
+"""The model file: a safetensors container with codebooks and coded indices, safe to open."""
+
+from ._atomic import fill_atomically as fill_atomically
+from ._atomic import write_atomically as write_atomically
+from ._load import Reader as Reader
+from ._load import load as load
+from ._load import reading as reading
+from ._save import Tensors as Tensors
+from ._save import is_weight as is_weight
+from ._save import save as save
+from ._save import write as write

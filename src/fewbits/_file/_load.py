@@ -1,0 +1,227 @@
+"""From a file to tensors: nothing is believed before it is checked."""
+
+import math
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .._errors import FileError
+from .._indexed import bits_of
+from .._plan import unwrapped
+from . import _coders
+from ._format import DTYPES, OTHERS, Coded, Damage, Entry, Header, header_size, parse
+from ._parallel import check_threads, in_order
+
+Model = TypeVar("Model", bound=nn.Module)
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+class Reader:
+    """An open file: its header, and its tensors one at a time, from any thread.
+
+    Attributes:
+        header: what the file says of its tensors.
+        size: bytes of the file.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._lock = file, threading.Lock()
+        self.size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        size = header_size(head, self.size)
+        text = file.read(size)
+        if len(text) != size:
+            raise Damage("the file ends inside its header")
+        self.header: Header = parse(head + text, self.size)
+        self._data = 8 + size
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a stored tensor, bit for bit as it was saved.
+
+        Raises:
+            Damage: if its bytes are not what the header says, or no such tensor.
+        """
+        row = self.header.coded.get(name)
+        if row is None:
+            return self._plain(name)
+        out = torch.empty(row.shape, dtype=(DTYPES | OTHERS)[row.dtype])
+        if row.coder == "raw":
+            self._fill(self.header.part(name, "indices"), self.header.indices(name), bits_of(out))
+        else:
+            self._decode(name, row, bits_of(out))
+        return out
+
+    def _plain(self, name: str) -> Tensor:
+        entry = self.header.entries[name]
+        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        bits = bits_of(out)
+        self._fill(name, entry, bits)
+        _check_bool(name, entry.dtype, bits)
+        cast = self.header.cast.get(name)
+        return out if cast is None else out.to(DTYPES[cast])
+
+    def _decode(self, name: str, row: Coded, out: NDArray[Any]) -> None:
+        entry, stream = self.header.codebook(name), self.header.indices(name)
+        book = np.empty(math.prod(entry.shape), out.dtype)
+        self._fill(self.header.part(name, "codebook"), entry, book)
+        _check_bool(name, entry.dtype, book)
+        data = np.empty(stream.shape[0], np.uint8)
+        self._fill(self.header.part(name, "indices"), stream, data)
+        try:
+            _coders.decode(
+                row.coder, data.data, row.shape, book.reshape(entry.shape), row.axis, out
+            )
+        except ValueError as error:
+            raise Damage(f"{name}: {error}") from error
+
+    def _fill(self, name: str, entry: Entry, out: NDArray[Any]) -> None:
+        """Read an entry's bytes into an array of their size."""
+        view = out.reshape(-1).view(np.uint8).data
+        with self._lock:
+            self._file.seek(self._data + entry.start)
+            got = self._file.readinto(view) if len(view) else 0  # pyright: ignore[reportAttributeAccessIssue]
+        if got != len(view):
+            raise Damage(f"{name}: ends at byte {self._data + entry.stop:,}, beyond the file")
+        if zlib.crc32(view) != entry.crc32:
+            raise Damage(f"{name}: its checksum is wrong")
+
+
+def _check_bool(name: str, dtype: str, bits: NDArray[Any]) -> None:
+    if dtype == "BOOL" and len(bits) and int(bits.max()) > 1:
+        raise Damage(f"{name}: a byte of it is neither false nor true")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[Reader]:
+    """Open a file for reading; whatever is wrong with it becomes a `FileError` with its name."""
+    try:
+        with open(path, "rb") as file:
+            yield Reader(file)
+    except Damage as error:
+        raise FileError(
+            f"{path}: {error}. The file is damaged or not made by fewbits; get it anew."
+        ) from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except MemoryError as error:
+        raise FileError(f"{path}: needs more memory than there is.") from error
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    into: None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]: ...
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    into: Model,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Model: ...
+def load(
+    path: str | os.PathLike[str],
+    *,
+    into: nn.Module | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tensor] | nn.Module:
+    """Load what `save` wrote, bit for bit.
+
+    Nothing of the file is executed. Every length, checksum and index is checked.
+
+    Args:
+        path: the file.
+        into: a module whose state dict has the same names, shapes and types; its tensors are
+            overwritten in place. All or nothing: it stays as it is if anything is wrong.
+        threads: how many tensors to decode at a time; up to 4 if not given.
+        progress: called with an iterable and its length; returns what to iterate over instead.
+
+    Returns:
+        `into`, or without it the state dict; tied tensors are one tensor there.
+
+    Raises:
+        FileError: if the file cannot be read, is damaged, or does not fit the module; every
+            difference is named.
+    """
+    path, count = Path(path), check_threads(threads)
+    with reading(path) as reader:
+        names = list(reader.header.tensors())
+        if into is None:
+            wrapped = progress(names, len(names)) if progress else names
+            return _with_aliases(
+                reader.header, zip(names, in_order(reader.tensor, wrapped, count), strict=True)
+            )
+        targets = _targets(path, reader.header, unwrapped(into).state_dict())
+        twice = [*names, *names]
+        wrapped = iter(progress(twice, len(twice)) if progress else twice)
+        # Once to see that all of it is sound, then again for good: two of everything would not
+        # fit where one does.
+        first = (name for name, _ in zip(wrapped, names, strict=False))
+        for _ in in_order(reader.tensor, first, count):
+            pass
+        with torch.no_grad():
+            for name, tensor in zip(names, in_order(reader.tensor, wrapped, count), strict=True):
+                for target in targets[name]:
+                    target.copy_(tensor)
+    return into
+
+
+def _with_aliases(header: Header, items: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    others: dict[str, list[str]] = {}
+    for alias, name in header.tied.items():
+        others.setdefault(name, []).append(alias)
+    return {key: tensor for name, tensor in items for key in (name, *others.get(name, ()))}
+
+
+def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """Return where each stored tensor goes, or refuse a model that differs."""
+    stored = {name: _type_of(header, name) for name in header.tensors()}
+    wanted = stored | {alias: stored[name] for alias, name in header.tied.items()}
+    there = {
+        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape))
+        for name, t in state.items()
+        if isinstance(t, Tensor)
+    }
+    differences = [f"{name} is in the file only" for name in wanted if name not in there]
+    differences += [f"{name} is in the model only" for name in there if name not in wanted]
+    for name in wanted.keys() & there.keys():
+        if wanted[name] != there[name]:
+            (dtype, shape), (now, form) = wanted[name], there[name]
+            differences.append(f"{name} is {dtype} {shape} in the file, {now} {form} in the model")
+    differences += [
+        f"{name} is on the meta device" for name, t in state.items()
+        if isinstance(t, Tensor) and t.is_meta
+    ]  # fmt: skip
+    if differences:
+        raise FileError(
+            f"{path}: does not fit the model: {'; '.join(sorted(differences))}. Build the model as"
+            " it was when it was saved; nothing in it was changed."
+        )
+    result = {name: [state[name]] for name in stored}
+    for alias, name in header.tied.items():
+        result[name].append(state[alias])
+    return result
+
+
+def _type_of(header: Header, name: str) -> tuple[str, tuple[int, ...]]:
+    row = header.coded.get(name)
+    if row is not None:
+        dtype, shape = (DTYPES | OTHERS)[row.dtype], row.shape
+    else:
+        entry = header.entries[name]
+        dtype, shape = DTYPES[header.cast.get(name, entry.dtype)], entry.shape
+    return str(dtype).removeprefix("torch."), shape
