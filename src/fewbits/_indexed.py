@@ -44,7 +44,8 @@ class Indexed:
     @property
     def bytes_fixed(self) -> int:
         """Bytes of the packed indices and the codebooks."""
-        return _bytes_fixed(len(self.indices), *self.codebook.shape, self.codebook.itemsize)
+        groups, k = self.codebook.shape
+        return _bytes_fixed(len(self.indices), groups, k, self.codebook.itemsize)
 
     def layout(self) -> tuple[int, int, int]:
         """Return the elements' shape as (outer, groups, run)."""

@@ -9,7 +9,6 @@ import struct
 from typing import Any, Literal
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from .. import _symbols
@@ -49,7 +48,7 @@ def encode(found: Indexed, choice: Choice) -> tuple[Coder, bytes]:
     packed = _pack(found)
     options: list[tuple[Coder, bytes]] = [("packed", packed)]
     if choice != "packed" and packed:
-        options.append(("zstd", zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed)))
+        options.append(("zstd", _zipped(packed)))
     if choice == "smallest" and packed:
         k = found.codebook.shape[1]
         model, bits = _model.choose(found.indices, axes(found.shape), k)
@@ -109,8 +108,16 @@ def _pack(found: Indexed) -> bytes:
     return packed.tobytes()
 
 
+def _zipped(packed: bytes) -> bytes:
+    import zstandard  # here: importing fewbits should not wait for it
+
+    return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(packed)
+
+
 def _unzipped(stream: memoryview, size: int) -> bytes:
     """Decompress exactly `size` bytes; a frame that claims another size is refused first."""
+    import zstandard
+
     try:
         claimed = zstandard.get_frame_parameters(stream).content_size
         if claimed != size:
