@@ -54,6 +54,6 @@ class Bars(Progress):
             self.bar = None
 
 
-def each(items: Iterable[Any], total: int) -> Iterable[Any]:
+def each(items: Iterable[Any], total: int, what: str = "loading data") -> Iterable[Any]:
     """Return `items` with a bar over them."""
-    return tqdm(items, total=total, desc="loading data", file=sys.stderr, mininterval=0.5)
+    return tqdm(items, total=total, desc=what, file=sys.stderr, mininterval=0.5)

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ._cli_files import COMMANDS
 from ._errors import FewbitsError, PlanError
 
 EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 70, 130
@@ -21,6 +22,10 @@ EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 70, 130
 @click.version_option(package_name="fewbits")
 def cli() -> None:
     """Train PyTorch networks whose weights cluster on a few learned values."""
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def _numbers(context: Any, parameter: Any, text: str | None) -> tuple[int, ...] | None:

@@ -23,6 +23,7 @@ _METHODS: tuple[Method, ...] = ("kmeans", "uniform", "entropy")
 # Rounds of assign and re-estimate; the Lagrangian changes by under 0.1% after 15 on Laplacian
 # and normal weights at K = 4 … 64.
 _ROUNDS = 30
+DEFAULT_RATE = 0.02
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def quantize(
     k: int | None = None,
     plan: Plan | None = None,
     method: Method = "kmeans",
-    rate: float = 0.02,
+    rate: float = DEFAULT_RATE,
 ) -> Plan:
     """In place: set each selected weight to the nearest of few values, without training.
 
@@ -68,13 +69,25 @@ def quantize(
     for planned in plan.selected:
         weight = weights[planned.name].detach()
         view = grouped(weight, planned.groups, planned.axis)
-        values = _quantized(view, planned.k, method, rate)
+        values = quantized_values(view, planned.k, method, rate)
         weight.copy_(ungrouped(values, weight, planned.groups, planned.axis))
     return plan
 
 
-def _quantized(weight: Tensor, k: int, method: Method, rate: float) -> Tensor:
-    """Return (G, n) weights on k values per row."""
+def quantized_values(
+    weight: Tensor, k: int, method: Method = "kmeans", rate: float = DEFAULT_RATE
+) -> Tensor:
+    """Return weights on k values per row; see `quantize`.
+
+    Args:
+        weight: (G, n) floating point, finite.
+        k: number of values per row.
+        method: as in `quantize`.
+        rate: as in `quantize`.
+
+    Returns:
+        (G, n), dtype of `weight`.
+    """
     codebook = initial_codebook(weight, k, "uniform" if method == "uniform" else "kmeans")
     if method != "entropy" or rate == 0:
         return snap(weight, codebook, midpoints(codebook))

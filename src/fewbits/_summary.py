@@ -1,16 +1,21 @@
 """What a model holds: distinct values, entropy and bytes, read off the weights alone."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._codebook import distortion_of, grouped
+from . import _symbols
+from ._checkpoint import opened
+from ._codebook import distortion_of
+from ._indexed import Indexed, indexed
 from ._plan import Plan, unwrapped
-from ._rules import MOST_VALUES
 
 
 @dataclass(frozen=True)
@@ -120,24 +125,27 @@ class Summary:
 
 
 def summary(
-    model: nn.Module | Mapping[str, Tensor],
+    model: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str],
     *,
     plan: Plan | None = None,
-    reference: nn.Module | Mapping[str, Tensor] | None = None,
+    reference: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
 ) -> Summary:
     """Say what a model holds, whoever made its values few.
 
     A tensor of two or more dimensions counts as clustered where codebook and packed indices take
-    less room than the tensor itself. One codebook per tensor and one per channel are tried; with
-    a plan, its groups are taken.
+    less room than the tensor itself. One codebook per tensor is tried, and one per channel or per
+    group of neighbouring channels along the first two axes; with a plan, its groups are taken.
 
     Args:
-        model: a module or a state dict.
-        plan: what the weights were clustered by, for codebooks per group of channels.
-        reference: the model or state dict before, for the distortion.
+        model: a module, a state dict, or the path of a fewbits or safetensors file.
+        plan: what the weights were clustered by.
+        reference: the same before it was clustered, for the distortion.
 
     Returns:
         The summary; nothing is changed.
+
+    Raises:
+        FileError: if a file cannot be read.
     """
     state = _state(model)
     before = _state(reference) if reference is not None else {}
@@ -154,7 +162,8 @@ def summary(
         full += tensor.numel() * 4 if tensor.is_floating_point() else size
         row = None
         if readable and tensor.is_floating_point() and tensor.dim() >= 2 and tensor.numel():
-            row = _layer(name, tensor, groups.get(name), before.get(name))
+            found = indexed(tensor, groups.get(name))
+            row = None if found is None else _layer(name, tensor, found, before.get(name))
         if row is None or (row.bytes_fixed >= size and name not in groups):
             other += size
         else:
@@ -162,36 +171,31 @@ def summary(
     return Summary(tuple(layers), other, full)
 
 
-def _state(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _state(
+    model: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str],
+) -> Mapping[str, Tensor]:
+    if isinstance(model, (str, os.PathLike)):
+        with opened(Path(model)) as checkpoint:
+            tensors = {row.name: checkpoint.tensor(row.name) for row in checkpoint.stored}
+            return tensors | {alias: tensors[name] for alias, name in checkpoint.tied.items()}
     if not isinstance(model, nn.Module):
         return model
     return {k: v for k, v in unwrapped(model).state_dict().items() if isinstance(v, Tensor)}
 
 
-def _layer(
-    name: str, tensor: Tensor, groups: tuple[int, int] | None, before: Tensor | None
-) -> LayerSummary | None:
-    tries = [groups] if groups else [(1, 0), (tensor.shape[0], 0), (tensor.shape[1], 1)]
-    rows = [r for g, axis in tries if (r := _coded(name, tensor, g, axis, before)) is not None]
-    return min(rows, key=lambda r: r.bytes_fixed, default=None)
-
-
-def _coded(
-    name: str, tensor: Tensor, groups: int, axis: int, before: Tensor | None
-) -> LayerSummary | None:
-    view = grouped(tensor.detach(), groups, axis)
-    if groups > 1 and view.shape[1] > 1 and _row_is_diverse(view[0]):
-        return None
-    most, values, entropy = 1, 0, 0.0
-    for row in view:
-        _, counts = torch.unique(row, return_counts=True)
-        if len(counts) > MOST_VALUES:
-            return None
-        most, values = max(most, len(counts)), values + len(counts)
-        share = counts.double() / row.numel()
-        entropy += float(-(share * share.log2()).sum()) * row.numel()
-    bits = math.ceil(math.log2(most))
-    books = values * tensor.element_size()
+def _layer(name: str, tensor: Tensor, found: Indexed, before: Tensor | None) -> LayerSummary:
+    groups, k = found.codebook.shape
+    outer, _, run = found.layout()
+    table = np.zeros(groups * k, np.int64)
+    which = np.arange(groups, dtype=np.int32)
+    maps = np.zeros(outer, np.int32), which, np.zeros(run, np.int32)
+    _symbols.histogram(found.indices, maps, (1, groups, 1), table)
+    counts = table.reshape(groups, k)
+    total = counts.sum(axis=1, keepdims=True)
+    there = counts > 0
+    share = (counts / total)[there]
+    entropy = float((counts[there] * -np.log2(share)).sum())
+    books = int(found.sizes.sum()) * tensor.element_size()
     distortion = None
     if before is not None and before.shape == tensor.shape:
         distortion = distortion_of(before.detach(), tensor.detach().to(before))
@@ -200,15 +204,10 @@ def _coded(
         shape=tuple(tensor.shape),
         weights=tensor.numel(),
         codebooks=groups,
-        distinct=most,
-        bits_fixed=float(bits),
+        distinct=k,
+        bits_fixed=float(found.width),
         bits_entropy=max(entropy, 0.0) / tensor.numel(),
         distortion=distortion,
-        bytes_fixed=math.ceil(bits * tensor.numel() / 8) + books,
+        bytes_fixed=math.ceil(found.width * tensor.numel() / 8) + books,
         bytes_entropy=math.ceil(entropy / 8) + books,
     )
-
-
-def _row_is_diverse(row: Tensor) -> bool:
-    """Whether the first channel alone rules a codebook per channel out."""
-    return len(torch.unique(row)) > max(1, row.numel() // 2)

@@ -2,6 +2,10 @@
 
 from ._atomic import fill_atomically as fill_atomically
 from ._atomic import write_atomically as write_atomically
+from ._coders import Choice as Choice
+from ._format import NAMES as NAMES
+from ._format import Header as Header
+from ._format import dtype_name as dtype_name
 from ._load import Reader as Reader
 from ._load import load as load
 from ._load import reading as reading

@@ -47,12 +47,11 @@ def fill_atomically(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        # torch raises RuntimeError on a full disk
-        if not isinstance(error, (OSError, RuntimeError)):
+        if not isinstance(error, OSError):
             raise
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise FileError(
-            f"{path}: cannot be written ({reason}). Free space or choose another folder."
+            f"{path}: cannot be written ({error.strerror or error})."
+            " Free space or choose another folder."
         ) from error
 
 

@@ -47,8 +47,15 @@ OTHERS: dict[str, torch.dtype] = {
                  "float8_e8m0fnu")
     if hasattr(torch, name)
 }  # fmt: skip
+# By the names that torch gives them, without "torch.".
+_TORCH_NAMES = {n: str(dtype).removeprefix("torch.") for n, dtype in (DTYPES | OTHERS).items()}
 NAMES = {dtype: name for name, dtype in (DTYPES | OTHERS).items()}
 FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def dtype_name(name: str) -> str:
+    """Return torch's name of a type, such as "float32", from the file's."""
+    return _TORCH_NAMES[name]
 
 
 class Damage(Exception):

@@ -18,7 +18,17 @@ from .._errors import FileError
 from .._indexed import bits_of
 from .._plan import unwrapped
 from . import _coders
-from ._format import DTYPES, OTHERS, Coded, Damage, Entry, Header, header_size, parse
+from ._format import (
+    DTYPES,
+    OTHERS,
+    Coded,
+    Damage,
+    Entry,
+    Header,
+    dtype_name,
+    header_size,
+    parse,
+)
 from ._parallel import check_threads, in_order
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -220,8 +230,6 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
 def _type_of(header: Header, name: str) -> tuple[str, tuple[int, ...]]:
     row = header.coded.get(name)
     if row is not None:
-        dtype, shape = (DTYPES | OTHERS)[row.dtype], row.shape
-    else:
-        entry = header.entries[name]
-        dtype, shape = DTYPES[header.cast.get(name, entry.dtype)], entry.shape
-    return str(dtype).removeprefix("torch."), shape
+        return dtype_name(row.dtype), row.shape
+    entry = header.entries[name]
+    return dtype_name(header.cast.get(name, entry.dtype)), entry.shape

@@ -1,10 +1,7 @@
 """The run folder: what lies where, written so that a kill never leaves half a file."""
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .._errors import FileError
+from .._file import fill_atomically, write_atomically
 
 # What a run's folder holds; config.toml is last, so that a half-deleted run still is one.
 _CONTENTS = (
@@ -20,38 +18,6 @@ _CONTENTS = (
     "config.toml",
 )  # fmt: skip
 _FIRST_WORD = "# fewbits "
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file by way of a temporary one beside it, so that it is whole or not there.
-
-    Args:
-        path: where to; missing folders are made.
-        data: the bytes.
-
-    Raises:
-        FileError: if it cannot be written; nothing is left behind.
-    """
-    _write(path, lambda file: file.write(data))
-
-
-def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    # One name per file: what a kill leaves behind is replaced when the run is resumed.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise FileError(
-            f"{path}: cannot be written ({reason}). Free space or choose another folder."
-        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,7 +41,14 @@ def read_json(path: Path) -> Any:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Save tensors and plain values atomically, for `load_checkpoint`."""
-    _write(path, lambda file: torch.save(state, file))
+
+    def fill(file: BinaryIO) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's way to say that the disk is full
+            raise OSError(str(error).partition("\n")[0]) from error
+
+    fill_atomically(path, fill)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

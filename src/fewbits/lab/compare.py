@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._errors import PlanError
+from .._file import write_atomically
 from .._finetune import finetune_codebooks
 from .._plan import Plan
 from .._plan import plan as make_plan
 from .._quantize import quantize
 from .._summary import summary
-from ._folder import load_state, read_json, save_state, write_atomically, write_json
+from ._folder import load_state, read_json, save_state, write_json
 from ._layers import Stage, describe, histograms
 from ._recorder import Recorder
 from .config import Config

@@ -1,12 +1,12 @@
 """The HTML report of a run, and the tables of its rows, from saved results only."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._errors import FileError
+from .._file import write_atomically
 from ._page import page
 from ._tables import comparison as comparison
 from ._tables import markdown as markdown
@@ -52,7 +52,7 @@ def write_report(run: Path) -> Path:
     _require(details["layers"], _LAYER, run / "details.json")
     _require(metrics, _EPOCH, run / "metrics.jsonl")
     target = run / "report.html"
-    _replace(target, page(rows, details, metrics))
+    write_atomically(target, page(rows, details, metrics).encode())
     return target
 
 
@@ -94,18 +94,3 @@ def _require(items: Iterable[Mapping[str, Any]], keys: Iterable[str], path: Path
         missing = sorted(set(keys) - set(item)) if isinstance(item, Mapping) else sorted(keys)
         if missing:
             raise FileError(f"{path}: lacks {missing[0]!r}. Run again with this version.")
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write `content` beside `path` and rename it over `path`."""
-    # Always the same name: what a kill leaves behind is replaced when the run is resumed.
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
-    except OSError as error:
-        raise FileError(
-            f"{path}: cannot be written, {error.strerror}. Is the folder writable?"
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
