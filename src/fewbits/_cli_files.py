@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ._errors import FileError, PlanError
+from ._errors import FileError, PlanError, printable
 
 _PATH = click.Path(path_type=Path)
 _quiet = click.option("--quiet", is_flag=True, help="No progress bars.")
@@ -36,6 +36,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Return aligned text; the first `left` columns are words, the others numbers."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in (head, *rows):
@@ -79,7 +80,7 @@ def inspect(file: Path, as_json: bool, debug: bool) -> None:
     head = ("tensor", "shape", "type", "coder", "k", "fixed", "file", "bytes", "share")
     print(_table(head, rows, left=4))
     for alias, name in tied.items():
-        print(f"{alias} = {name}")
+        print(printable(f"{alias} = {name}"))
     rest = size - sum(row.bytes for row in stored)
     dense = sum(row.elements * 4 if "float" in row.dtype else row.bytes for row in stored)
     print(

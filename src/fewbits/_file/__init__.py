@@ -1,5 +1,6 @@
 """The model file: a safetensors container with codebooks and coded indices, safe to open."""
 
+from ._atomic import TEMPORARY as TEMPORARY
 from ._atomic import fill_atomically as fill_atomically
 from ._atomic import write_atomically as write_atomically
 from ._coders import Choice as Choice

@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .._errors import FileError
+
+# Ends the name of a file that is being written; a kill can leave one behind, beside the target.
+TEMPORARY = ".tmp"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -32,13 +36,16 @@ def fill_atomically(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
     Raises:
         FileError: if it cannot be written. Whatever is raised, an earlier file stays as it was.
     """
-    if path.is_dir():
-        raise FileError(f"{path}: is a folder. Give the name of a file.")
-    # One name per file: what a kill leaves behind is replaced the next time.
-    temporary = path.with_name(f".{path.name}.tmp")
+    check_path(path)
+    # A name of its own for every writer: two that write the same file must not mix.
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f".{path.name}.{writer}{TEMPORARY}")
     try:
+        if path.is_dir():
+            raise FileError(f"{path}: is a folder. Give the name of a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
@@ -53,6 +60,20 @@ def fill_atomically(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
             f"{path}: cannot be written ({error.strerror or error})."
             " Free space or choose another folder."
         ) from error
+
+
+def check_path(path: Path) -> None:
+    """Refuse what cannot be the name of a file on any system.
+
+    Raises:
+        FileError: if it is empty or holds a character that no file name can have.
+    """
+    try:
+        if path.name and b"\0" not in os.fsencode(path):
+            return
+    except UnicodeEncodeError:
+        pass
+    raise FileError(f"{str(path)!r} is no name of a file.")
 
 
 def _sync_folder(folder: Path) -> None:

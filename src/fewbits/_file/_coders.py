@@ -29,9 +29,9 @@ ALIGNMENT = 8
 # precision, mantissa, lanes, classes on three axes, zero, number of words
 _HEAD = struct.Struct("<BBHHHHHI")
 _ZSTD_LEVEL = 3
-# A lane costs about 17 bits: its state starts at 2^16 and is stored in 32 bits. This share of the
-# stream may go to them; more lanes decode faster, and beyond 64 no longer.
-_LANE_BYTES, _LANE_SHARE, _MOST_LANES = 2.2, 2e-4, 64
+# A lane costs 6 bytes: its state starts at 2^32, holds 48 bits on average and is stored in 64. This
+# share of the stream may go to them; more lanes decode faster, and beyond 32 no longer.
+_LANE_BYTES, _LANE_SHARE, _MOST_LANES = 6, 2e-4, 32
 
 
 def encode(found: Indexed, choice: Choice) -> tuple[Coder, bytes]:
@@ -137,7 +137,7 @@ def _encode_rans(found: Indexed, model: _model.Model, bits: float) -> bytes:
     shares = model.shares()
     k = shares.shape[1]
     coded = _symbols.encode(symbols, model.lengths(), shares.reshape(-1), k, model.precision, lanes)
-    words = (len(coded) - 4 * lanes) // 2
+    words = (len(coded) - 8 * lanes) // 4
     parts = [_HEAD.pack(model.precision, model.mantissa, lanes, *model.counts, 0, words)]
     for classes, count in zip(model.maps, model.counts, strict=True):
         parts.append(_packed(classes.astype(np.uint16), (count - 1).bit_length()))
@@ -160,8 +160,9 @@ def _decode_rans(stream: memoryview, shape: tuple[int, ...], k: int) -> Array:
     contexts = counts[0] * counts[1] * counts[2]
     if not 1 <= precision <= 16 or not 1 <= mantissa <= 12 or not 1 <= lanes <= 256 or zero:
         raise ValueError(f"head out of range: {precision}, {mantissa}, {lanes}, {zero}")
-    if not all(1 <= count <= 256 for count in counts):
-        raise ValueError(f"classes out of range: {counts}")
+    sizes = axes(shape)
+    if not all(1 <= n <= min(256, max(1, size)) for n, size in zip(counts, sizes, strict=True)):
+        raise ValueError(f"{counts} classes for {sizes} channels")
     if contexts << precision > _model.MOST_SLOTS:
         raise ValueError(f"{contexts:,} contexts of 2^{precision} slots")
     position = _HEAD.size
@@ -177,7 +178,6 @@ def _decode_rans(stream: memoryview, shape: tuple[int, ...], k: int) -> Array:
         position += size
         return values
 
-    sizes = axes(shape)
     if contexts == 1:
         lengths = np.array([math.prod(shape)])
         maps = None
@@ -192,9 +192,9 @@ def _decode_rans(stream: memoryview, shape: tuple[int, ...], k: int) -> Array:
         lengths = _model.lengths(maps, counts)
     codes = take(contexts * k, _model.EXPONENT_BITS + mantissa).reshape(contexts, k)
     shares = _model.shares(codes, mantissa, precision)
-    if 4 * lanes + 2 * words > len(stream) - position:
+    if 8 * lanes + 4 * words > len(stream) - position:
         raise ValueError("the stream ends inside its words")
-    coded = np.frombuffer(stream[position : position + 4 * lanes + 2 * words], np.uint8)
+    coded = np.frombuffer(stream[position : position + 8 * lanes + 4 * words], np.uint8)
     symbols = np.empty(math.prod(shape), np.uint16)
     _symbols.decode(coded, lengths, shares.reshape(-1), k, precision, lanes, symbols)
     if maps is None:

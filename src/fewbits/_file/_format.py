@@ -21,7 +21,7 @@ _START = '{"__metadata__":{"fewbits":"'
 _CHECK = '","header_crc32":"'
 _METADATA = ("fewbits", "header_crc32", "entry_crc32", "tensors")
 MOST_VALUES = 65_536
-MOST_SIZE = 1 << 48  # elements of a tensor, so that no product below overflows 64 bits
+MOST_SIZE = 1 << 48  # elements of a tensor, bytes of a file: no product below overflows 64 bits
 
 # What every safetensors reader knows. Other types are kept as bytes.
 DTYPES: dict[str, torch.dtype] = {
@@ -226,19 +226,27 @@ def parse(head: bytes, file_size: int) -> Header:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice[:100]!r} stands twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name {name[:100]!r} stands twice")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {name[:100]!r} is no Unicode text") from None
+        result[name] = value
     return result
 
 
 def _shape(value: Any, name: str) -> tuple[int, ...]:
-    whole = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-    if not whole or len(value) > 64 or math.prod(max(v, 1) for v in value) > MOST_SIZE:
+    whole = isinstance(value, list) and len(value) <= 64 and all(_is_count(v) for v in value)
+    if not whole or math.prod(max(v, 1) for v in value) > MOST_SIZE:
         raise Damage(f"{name}: {str(value)[:100]} is no shape")
     return tuple(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MOST_SIZE
 
 
 def _entries(content: dict[str, Any], checks: str, data_size: int) -> dict[str, Entry]:
@@ -252,7 +260,7 @@ def _entries(content: dict[str, Any], checks: str, data_size: int) -> dict[str, 
         dtype, shape, offsets = row["dtype"], _shape(row["shape"], name), row["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise Damage(f"{name}: there is no dtype {str(dtype)[:100]!r}")
-        if not isinstance(offsets, list) or [type(o) for o in offsets] != [int, int]:
+        if not isinstance(offsets, list) or [_is_count(o) for o in offsets] != [True, True]:
             raise Damage(f"{name}: {str(offsets)[:100]} are no offsets")
         size = math.prod(shape) * DTYPES[dtype].itemsize
         if offsets[1] - offsets[0] != size:
@@ -290,9 +298,12 @@ def _described(entries: dict[str, Entry], text: str) -> Header:
     for name, row in rows.items():
         parts |= _check_parts(header, name, row)
     plain = entries.keys() - parts
-    for name in rows:
+    for name, row in rows.items():
         if name in entries:
             raise Damage(f"{name}: stored twice")
+        book = header.part(name, "codebook")
+        if row.coder == "raw" and book in entries:
+            raise Damage(f"{book}: {name} has no codebook")
     for name, dtype in cast.items():
         if name not in plain or entries[name].dtype not in FLOATS or dtype not in list(FLOATS):
             raise Damage(f"{name}: cannot be cast to {str(dtype)[:100]!r}")

@@ -1,5 +1,6 @@
 """From a file to tensors: nothing is believed before it is checked."""
 
+import itertools
 import math
 import os
 import threading
@@ -14,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .._errors import FileError
+from .._errors import FileError, printable
 from .._indexed import bits_of
 from .._plan import unwrapped
 from . import _coders
+from ._atomic import check_path
 from ._format import (
     DTYPES,
     OTHERS,
@@ -63,7 +65,7 @@ class Reader:
         row = self.header.coded.get(name)
         if row is None:
             return self._plain(name)
-        out = torch.empty(row.shape, dtype=(DTYPES | OTHERS)[row.dtype])
+        out = _empty(row.shape, (DTYPES | OTHERS)[row.dtype])
         if row.coder == "raw":
             self._fill(self.header.part(name, "indices"), self.header.indices(name), bits_of(out))
         else:
@@ -72,7 +74,7 @@ class Reader:
 
     def _plain(self, name: str) -> Tensor:
         entry = self.header.entries[name]
-        out = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        out = _empty(entry.shape, DTYPES[entry.dtype])
         bits = bits_of(out)
         self._fill(name, entry, bits)
         _check_bool(name, entry.dtype, bits)
@@ -105,6 +107,13 @@ class Reader:
             raise Damage(f"{name}: its checksum is wrong")
 
 
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:  # torch's way to say that memory is full
+        raise MemoryError(str(error)) from error
+
+
 def _check_bool(name: str, dtype: str, bits: NDArray[Any]) -> None:
     if dtype == "BOOL" and len(bits) and int(bits.max()) > 1:
         raise Damage(f"{name}: a byte of it is neither false nor true")
@@ -113,12 +122,14 @@ def _check_bool(name: str, dtype: str, bits: NDArray[Any]) -> None:
 @contextmanager
 def reading(path: Path) -> Iterator[Reader]:
     """Open a file for reading; whatever is wrong with it becomes a `FileError` with its name."""
+    check_path(path)
     try:
         with open(path, "rb") as file:
             yield Reader(file)
     except Damage as error:
         raise FileError(
-            f"{path}: {error}. The file is damaged or not made by fewbits; get it anew."
+            f"{path}: {printable(str(error))}."
+            " The file is damaged or not made by fewbits; get it anew."
         ) from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}).") from error
@@ -180,9 +191,9 @@ def load(
         wrapped = iter(progress(twice, len(twice)) if progress else twice)
         # Once to see that all of it is sound, then again for good: two of everything would not
         # fit where one does.
-        first = (name for name, _ in zip(wrapped, names, strict=False))
-        for _ in in_order(reader.tensor, first, count):
+        for _ in in_order(reader.tensor, itertools.islice(wrapped, len(names)), count):
             pass
+        _check_tied(path, reader, targets)
         with torch.no_grad():
             for name, tensor in zip(names, in_order(reader.tensor, wrapped, count), strict=True):
                 for target in targets[name]:
@@ -213,8 +224,8 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
             (dtype, shape), (now, form) = wanted[name], there[name]
             differences.append(f"{name} is {dtype} {shape} in the file, {now} {form} in the model")
     differences += [
-        f"{name} is on the meta device" for name, t in state.items()
-        if isinstance(t, Tensor) and t.is_meta
+        f"{name} cannot be written to, {why}" for name, t in state.items()
+        if isinstance(t, Tensor) and (why := _why_fixed(t))
     ]  # fmt: skip
     if differences:
         raise FileError(
@@ -225,6 +236,34 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
     for alias, name in header.tied.items():
         result[name].append(state[alias])
     return result
+
+
+def _why_fixed(tensor: Tensor) -> str | None:
+    """Return why a tensor of the model cannot be overwritten, or nothing."""
+    if tensor.is_meta:
+        return "it is on the meta device (to_empty() gives it memory)"
+    if tensor.is_inference():
+        return "it was made in inference mode"
+    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "its elements share memory"
+    return None
+
+
+def _check_tied(path: Path, reader: Reader, targets: dict[str, list[Tensor]]) -> None:
+    """Refuse different values for what is one tensor in the model."""
+    owners: dict[int, str] = {}
+    for name, tensors in targets.items():
+        for target in tensors:
+            if not target.numel():
+                continue
+            first = owners.setdefault(target.data_ptr(), name)
+            if first != name and not (
+                bits_of(reader.tensor(first)).tobytes() == bits_of(reader.tensor(name)).tobytes()
+            ):
+                raise FileError(
+                    f"{path}: {first} and {name} are one tensor in the model, and differ in the"
+                    " file. Untie them first; nothing in the model was changed."
+                )
 
 
 def _type_of(header: Header, name: str) -> tuple[str, tuple[int, ...]]:

@@ -11,12 +11,11 @@ from . import _numpy
 try:
     if os.environ.get("FEWBITS_NO_NATIVE"):
         raise ImportError
-    from . import _native  # pyright: ignore[reportAttributeAccessIssue]  # compiled
+    from . import _native as native  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 except ImportError:
-    _native = None
+    native = None
 
-COMPILED = _native is not None
-_made = _native or _numpy
+_made = native or _numpy
 
 decode = _made.decode
 distinct = _made.distinct

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LOW_STATE (1u << 16) /* a coder's state lies in [2^16, 2^32) between two symbols */
+#define LOW_STATE (1ull << 32) /* a coder's state lies in [2^32, 2^64) between two symbols */
 #define MOST_LANES 256
 #define MOST_PRECISION 16
 #define MOST_CLASSES 256
@@ -450,11 +450,11 @@ static int stream_fits(Py_ssize_t n, const Py_buffer *lengths, const Py_buffer *
 }
 
 /* Encode backwards, words from the end of `words` down; returns the first, or NULL. */
-static uint16_t *encode_all(const uint16_t *symbols, Py_ssize_t n, const int64_t *lengths,
+static uint32_t *encode_all(const uint16_t *symbols, Py_ssize_t n, const int64_t *lengths,
                             Py_ssize_t contexts, const uint32_t *shares, Py_ssize_t k,
-                            int precision, Py_ssize_t lanes, Slots *slots, uint32_t *state,
-                            uint16_t *words) {
-    uint16_t *to = words + n;
+                            int precision, Py_ssize_t lanes, Slots *slots, uint64_t *state,
+                            uint32_t *words, Py_ssize_t room) {
+    uint32_t *to = words + room;
     const uint16_t *symbol = symbols + n;
     for (Py_ssize_t l = 0; l < lanes; l++) state[l] = LOW_STATE;
     for (Py_ssize_t c = contexts - 1; c >= 0; c--) {
@@ -465,12 +465,13 @@ static uint16_t *encode_all(const uint16_t *symbols, Py_ssize_t n, const int64_t
             lane = (lane ? lane : lanes) - 1;
             uint16_t s = *--symbol;
             if (s >= k || !slots[s].share) return NULL;
-            uint32_t x = state[lane], share = slots[s].share;
-            if (x >= (uint64_t)share << (32 - precision)) {
-                *--to = (uint16_t)x;
-                x >>= 16;
+            uint64_t x = state[lane], share = slots[s].share;
+            if (x >> (64 - precision) >= share) {
+                if (to == words) return NULL;
+                *--to = (uint32_t)x;
+                x >>= 32;
             }
-            uint32_t quotient = x / share;
+            uint64_t quotient = x / share;
             state[lane] = (quotient << precision) + (x - quotient * share) + slots[s].below;
         }
     }
@@ -486,31 +487,33 @@ static PyObject *encode(PyObject *self, PyObject *args) {
     Py_ssize_t n = symbols.len / 2;
     PyObject *result = NULL;
     Slots *slots = NULL;
-    uint16_t *words = NULL, *first = NULL;
-    uint32_t state[MOST_LANES];
+    uint32_t *words = NULL, *first = NULL;
+    uint64_t state[MOST_LANES];
     if (!stream_fits(n, &lengths, &shares, k, precision, lanes)) {
         refuse("encode: wrong sizes");
         goto done;
     }
     slots = malloc(k * sizeof(Slots));
-    words = malloc((n ? n : 1) * sizeof(uint16_t));
+    /* A symbol adds at most `precision` bits and a rounding to what the words hold. */
+    Py_ssize_t room = n / 32 * (precision + 1) + precision + 2 + lanes;
+    words = malloc(room * sizeof(uint32_t));
     if (!slots || !words) {
         PyErr_NoMemory();
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
     first = encode_all(symbols.buf, n, lengths.buf, lengths.len / 8, shares.buf, k, precision,
-                       lanes, slots, state, words);
+                       lanes, slots, state, words, room);
     Py_END_ALLOW_THREADS
     if (!first) {
         refuse("encode: a symbol has no share, or shares do not add up");
         goto done;
     }
-    result = PyBytes_FromStringAndSize(NULL, 4 * lanes + 2 * (words + n - first));
+    result = PyBytes_FromStringAndSize(NULL, 8 * lanes + 4 * (words + room - first));
     if (result) {
         char *to = PyBytes_AsString(result);
-        memcpy(to, state, 4 * lanes);
-        memcpy(to + 4 * lanes, first, 2 * (words + n - first));
+        memcpy(to, state, 8 * lanes);
+        memcpy(to + 8 * lanes, first, 4 * (words + room - first));
     }
 done:
     free(slots);
@@ -522,29 +525,31 @@ done:
 }
 
 /* Decode one context's symbols; returns the next word, or NULL where the words end too early. */
-static const uint16_t *decode_context(const uint16_t *word, const uint16_t *end, int64_t length,
+static const uint32_t *decode_context(const uint32_t *word, const uint32_t *end, int64_t length,
                                       const Slots *slots, const uint16_t *symbol_at,
-                                      int precision, Py_ssize_t lanes, uint32_t *state,
+                                      int precision, Py_ssize_t lanes, uint64_t *state,
                                       uint16_t *out) {
-    uint32_t mask = (1u << precision) - 1;
+    uint64_t mask = (1u << precision) - 1;
     while (length) {
         Py_ssize_t step = length < lanes ? (Py_ssize_t)length : lanes;
         if (end - word < step) { /* every symbol may take a word: near the end, look each time */
             for (Py_ssize_t l = 0; l < step; l++) {
-                uint32_t x = state[l], s = symbol_at[x & mask];
+                uint64_t x = state[l];
+                uint32_t s = symbol_at[x & mask];
                 x = slots[s].share * (x >> precision) + (x & mask) - slots[s].below;
                 if (x < LOW_STATE) {
                     if (word == end) return NULL;
-                    x = x << 16 | *word++;
+                    x = x << 32 | *word++;
                 }
                 state[l] = x;
                 *out++ = (uint16_t)s;
             }
         } else {
             for (Py_ssize_t l = 0; l < step; l++) {
-                uint32_t x = state[l], s = symbol_at[x & mask];
+                uint64_t x = state[l];
+                uint32_t s = symbol_at[x & mask];
                 x = slots[s].share * (x >> precision) + (x & mask) - slots[s].below;
-                uint32_t more = x < LOW_STATE, longer = x << 16 | *word;
+                uint64_t more = x < LOW_STATE, longer = x << 32 | *word;
                 state[l] = more ? longer : x;
                 word += more;
                 *out++ = (uint16_t)s;
@@ -558,12 +563,12 @@ static const uint16_t *decode_context(const uint16_t *word, const uint16_t *end,
 /* 1 done, 0 shares that do not add up, -1 words that do not fit the symbols. */
 static int decode_all(const unsigned char *data, Py_ssize_t size, const int64_t *lengths,
                       Py_ssize_t contexts, const uint32_t *shares, Py_ssize_t k, int precision,
-                      Py_ssize_t lanes, Slots *slots, uint16_t *symbol_at, uint16_t *words,
+                      Py_ssize_t lanes, Slots *slots, uint16_t *symbol_at, uint32_t *words,
                       uint16_t *out) {
-    uint32_t state[MOST_LANES];
-    memcpy(state, data, 4 * lanes);
-    memcpy(words, data + 4 * lanes, size - 4 * lanes);
-    const uint16_t *word = words, *end = words + (size - 4 * lanes) / 2;
+    uint64_t state[MOST_LANES];
+    memcpy(state, data, 8 * lanes);
+    memcpy(words, data + 8 * lanes, size - 8 * lanes);
+    const uint32_t *word = words, *end = words + (size - 8 * lanes) / 4;
     for (Py_ssize_t l = 0; l < lanes; l++)
         if (state[l] < LOW_STATE) return -1;
     for (Py_ssize_t c = 0; c < contexts; c++) {
@@ -591,15 +596,16 @@ static PyObject *decode(PyObject *self, PyObject *args) {
         return NULL;
     PyObject *result = NULL;
     Slots *slots = NULL;
-    uint16_t *symbol_at = NULL, *words = NULL;
+    uint16_t *symbol_at = NULL;
+    uint32_t *words = NULL;
     if (!stream_fits(symbols.len / 2, &lengths, &shares, k, precision, lanes)
-        || data.len < 4 * lanes || data.len % 2) {
+        || data.len < 8 * lanes || data.len % 4) {
         refuse("decode: wrong sizes");
         goto done;
     }
     slots = malloc(k * sizeof(Slots));
     symbol_at = malloc(sizeof(uint16_t) << precision);
-    words = malloc(data.len - 4 * lanes + 2); /* aligned, whatever the buffer's start is */
+    words = malloc(data.len - 8 * lanes + 4); /* aligned, whatever the buffer's start is */
     if (!slots || !symbol_at || !words) {
         PyErr_NoMemory();
         goto done;

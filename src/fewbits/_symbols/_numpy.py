@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LOW_STATE = 1 << 16
+LOW_STATE = 1 << 32
 _CHUNK = 1 << 18  # elements at a time where temporaries are wider than the elements
 
 Array = NDArray[Any]
@@ -184,7 +184,7 @@ def unpack_expand(
 
 
 def _slots(shares: Array, precision: int) -> tuple[Array, Array]:
-    share = shares.astype(np.int64)
+    share = shares.astype(np.uint64)
     if int(share.sum()) != 1 << precision:
         raise ValueError("the shares do not add up")
     return share, np.cumsum(share) - share
@@ -204,12 +204,12 @@ def encode(
         lanes: number of states; symbol i of a context goes to lane i modulo `lanes`.
 
     Returns:
-        The lanes' states, uint32 little-endian, then words of 16 bits in the order of reading.
+        The lanes' states, uint64 little-endian, then words of 32 bits in the order of reading.
 
     Raises:
         ValueError: if a symbol has no share, or shares do not add up.
     """
-    state = np.full(lanes, LOW_STATE, np.int64)
+    state = np.full(lanes, LOW_STATE, np.uint64)
     words: list[Array] = []
     stop = len(symbols)
     table = shares.reshape(-1, k)
@@ -223,14 +223,14 @@ def encode(
             if int(part.max()) >= k or not share[part].all():
                 raise ValueError("encode: a symbol has no share")
             x, f = state[: len(part)], share[part]
-            full = x >= f << (32 - precision)
-            words.append(x[full][::-1] & 0xFFFF)
-            x = np.where(full, x >> 16, x)
+            full = x >> (64 - precision) >= f
+            words.append(x[full][::-1] & 0xFFFFFFFF)
+            x = np.where(full, x >> 32, x)
             quotient, remainder = np.divmod(x, f)
             state[: len(part)] = (quotient << precision) + remainder + below[part]
         stop = start
-    tail = np.concatenate([np.empty(0, np.int64), *words])[::-1]
-    return state.astype("<u4").tobytes() + tail.astype("<u2").tobytes()
+    tail = np.concatenate([np.empty(0, np.uint64), *words])[::-1]
+    return state.astype("<u8").tobytes() + tail.astype("<u4").tobytes()
 
 
 def decode(
@@ -241,8 +241,8 @@ def decode(
     Raises:
         ValueError: if shares do not add up, or the data end too early or too late.
     """
-    state = data[: 4 * lanes].view("<u4").astype(np.int64)
-    words = data[4 * lanes :].view("<u2").astype(np.int64)
+    state = data[: 8 * lanes].copy().view("<u8")
+    words = data[8 * lanes :].copy().view("<u4").astype(np.uint64)
     if (state < LOW_STATE).any():
         raise ValueError("the words do not fit the symbols")
     position, start = 0, 0
@@ -251,7 +251,7 @@ def decode(
         if start == stop:
             continue
         share, below = _slots(table, precision)
-        symbol_at = np.repeat(np.arange(k), share)
+        symbol_at = np.repeat(np.arange(k), share.astype(np.int64))
         for first in range(start, stop, lanes):
             size = min(lanes, stop - first)
             slot = state[:size] & ((1 << precision) - 1)
@@ -261,7 +261,7 @@ def decode(
             more = words[position : position + int(short.sum())]
             if len(more) < int(short.sum()):
                 raise ValueError("the words do not fit the symbols")
-            x[short] = x[short] << 16 | more
+            x[short] = x[short] << 32 | more
             position += len(more)
             state[:size] = x
             symbols[first : first + size] = part

@@ -1,5 +1,6 @@
 """The run folder: what lies where, written so that a kill never leaves half a file."""
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .._errors import FileError
-from .._file import fill_atomically, write_atomically
+from .._file import TEMPORARY, fill_atomically, write_atomically
 
 # What a run's folder holds; config.toml is last, so that a half-deleted run still is one.
 _CONTENTS = (
@@ -97,8 +98,11 @@ def check(folder: Path, *, overwrite: bool) -> None:
         FileError: if it is a file, holds a run and may not be overwritten, or holds something
             else than a run.
     """
-    unborn = {".config.toml.tmp"}  # all there is when a run was killed as it began
-    if not folder.exists() or (folder.is_dir() and {f.name for f in folder.iterdir()} <= unborn):
+    # All there is when a run was killed as it began.
+    unborn = f".config.toml.*{TEMPORARY}"
+    if not folder.exists() or (
+        folder.is_dir() and all(fnmatch.fnmatch(f.name, unborn) for f in folder.iterdir())
+    ):
         return
     if not overwrite:
         raise FileError(
