@@ -148,6 +148,12 @@ def create(folder: Path, config: str, command: str) -> None:
     write_atomically(folder / "config.toml", f"# {first}\n{config}".encode())
 
 
+def sweep(folder: Path) -> None:
+    """Delete the half-written files that a killed run left in its folder."""
+    for path in folder.rglob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
 def command_of(folder: Path) -> str:
     """Return the command line that made a run, from its config's first line."""
     first = (folder / "config.toml").read_text().partition("\n")[0]

@@ -21,7 +21,7 @@ from .._plan import Plan
 from .._plan import plan as make_plan
 from .._quantize import quantize
 from .._summary import summary
-from ._folder import load_state, read_json, save_state, write_json
+from ._folder import load_state, read_json, save_state, sweep, write_json
 from ._layers import Stage, describe, histograms
 from ._recorder import Recorder
 from .config import Config
@@ -107,6 +107,7 @@ class Comparison:
         Returns:
             One row per method, k and seed, with the keys of `ROW_KEYS`.
         """
+        sweep(self.folder)
         results: list[dict[str, Any]] = []
         for seed in self.config.seeds:
             for method in self.config.methods:
