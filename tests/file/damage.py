@@ -88,18 +88,28 @@ def checksums(parts: Parts) -> str:
 
 
 def seal(text: bytes, data: bytes) -> bytes:
-    """Put length and checksum on a header in which the checksum is blank."""
+    """Put length and checksum on a header in which the checksum is blank, if it has one."""
     text += b" " * (-len(text) % 8)
     blank = len(text).to_bytes(8, "little") + text
+    if _BLANK.encode() not in blank:
+        return blank + data
     at = blank.find(_BLANK.encode()) + len(_BLANK) - 9
     return blank[:at] + f"{zlib.crc32(blank):08x}".encode() + blank[at + 8 :] + data
 
 
-def reseal(raw: bytes) -> bytes:
-    """Make the header's checksum right after its text was edited as text."""
-    size = int.from_bytes(raw[:8], "little")
-    at = raw.find(b'"header_crc32":"') + len('"header_crc32":"')
-    return seal(raw[8:at] + b"00000000" + raw[at + 8 : 8 + size], raw[8 + size :])
+def header_of(raw: bytes) -> bytes:
+    return raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+
+
+def retyped(raw: bytes, old: str | bytes, new: str | bytes) -> bytes:
+    """Replace characters of the header, then make its length and checksum right."""
+    old, new = (t.encode() if isinstance(t, str) else t for t in (old, new))
+    text = header_of(raw)
+    data = raw[8 + len(text) :]
+    at = text.find(b'"header_crc32":"') + len('"header_crc32":"')
+    text = text[:at] + b"00000000" + text[at + 8 :]
+    assert text.count(old) == 1, text.count(old)
+    return seal(text.rstrip(b" ").replace(old, new), data)
 
 
 def changed(raw: bytes, change: Callable[[Parts], Any]) -> bytes:
@@ -139,6 +149,6 @@ def single(
 
 def rans(lanes: int = 1, words: bytes = b"", tables: bytes = b"", **head: int) -> bytes:
     """A "rans" stream of fresh states; without tables, those of one sure symbol of 16 bits."""
-    fields = dict(zip(HEAD_FIELDS, (1, 12, lanes, 1, 1, 1, 0, len(words) // 2), strict=True)) | head
-    states = (1 << 16).to_bytes(4, "little") * lanes
+    fields = dict(zip(HEAD_FIELDS, (1, 12, lanes, 1, 1, 1, 0, len(words) // 4), strict=True)) | head
+    states = (1 << 32).to_bytes(8, "little") * lanes
     return HEAD.pack(*fields.values()) + (tables or b"\xff\xff") + states + words
