@@ -11,10 +11,6 @@ import struct
 import zlib
 from collections.abc import Sequence
 
-SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-}  # fmt: skip
 Tensor = tuple[
     str, tuple[int, ...], bytes
 ]  # type, shape, little-endian elements in row-major order
@@ -147,6 +143,5 @@ def cast(data: bytes, stored: str, wanted: str) -> bytes:
     if stored == "BF16":  # the upper half of an F32
         data = b"".join(b"\0\0" + data[i : i + 2] for i in range(0, len(data), 2))
         stored = "F32"
-    count = len(data) // SIZES[stored]
-    values = struct.unpack(f"<{count}{letters[stored]}", data)
-    return struct.pack(f"<{count}{letters[wanted]}", *values)
+    values = [value for (value,) in struct.iter_unpack("<" + letters[stored], data)]
+    return struct.pack(f"<{len(values)}{letters[wanted]}", *values)
