@@ -4,6 +4,7 @@ Written from the layout alone, without fewbits: what a stranger with a hex edito
 """
 
 import json
+import random
 import struct
 import zlib
 from collections.abc import Callable
@@ -112,6 +113,12 @@ def retyped(raw: bytes, old: str | bytes, new: str | bytes) -> bytes:
     return seal(text.rstrip(b" ").replace(old, new), data)
 
 
+def blank(raw: bytes) -> tuple[bytes, bytes]:
+    """The text of the header with a blank checksum, and the data."""
+    text = header_of(raw)
+    return text[:47] + b"00000000" + text[55:], raw[8 + len(text) :]
+
+
 def changed(raw: bytes, change: Callable[[Parts], Any]) -> bytes:
     """A file with one change and right checksums."""
     parts = split(raw)
@@ -152,3 +159,23 @@ def rans(lanes: int = 1, words: bytes = b"", tables: bytes = b"", **head: int) -
     fields = dict(zip(HEAD_FIELDS, (1, 12, lanes, 1, 1, 1, 0, len(words) // 4), strict=True)) | head
     states = (1 << 32).to_bytes(8, "little") * lanes
     return HEAD.pack(*fields.values()) + (tables or b"\xff\xff") + states + words
+
+
+def scrambled(rng: random.Random, raw: bytes) -> bytes:
+    """Flip, overwrite, insert, delete or repeat a few bytes."""
+    data = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        at = rng.randrange(len(data) + 1)
+        size = rng.choice((1, 1, 2, 4, 8, 30))
+        how = rng.randrange(6)
+        if how < 2 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif how == 2:
+            data[at : at + size] = rng.randbytes(size)
+        elif how == 3:
+            data[at:at] = rng.randbytes(size)
+        elif how == 4:
+            del data[at : at + size]
+        else:
+            data[at:at] = data[at : at + size]
+    return bytes(data)
