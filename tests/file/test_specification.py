@@ -241,6 +241,17 @@ def test_page_reads_the_padding_of_long_constant_tensors(written):
     assert reader.read(path.read_bytes()) == all_as_read(state)
 
 
+def test_every_entry_begins_at_a_multiple_of_its_elements_size(written):
+    dense = {name: scrambled(3, 5).to(TYPES[name]) for name in ("U8", "F16", "I64", "F32")}
+    w = VALUES[scrambled(16, 15) % 5]
+    path = written({**dense, "w": w, "wide": w.double(), "z": w[0].to(torch.complex64)})
+    header, start = header_of(path)
+    assert start % 8 == 0
+    del header["__metadata__"]
+    for entry in header.values():
+        assert entry["data_offsets"][0] % TYPES[entry["dtype"]].itemsize == 0
+
+
 def test_safetensors_lists_the_entries_and_reads_what_is_not_clustered(written):
     dense = {name: scrambled(3, 5).to(TYPES[name]) for name in ("F64", "BF16", "I16", "BOOL", "U8")}
     path = written({"w": VALUES[scrambled(16, 16) % 8], **dense})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._errors import PlanError
-from .._file import write_atomically
+from .._file import save, write_atomically
 from .._finetune import finetune_codebooks
 from .._plan import Plan
 from .._plan import plan as make_plan
@@ -147,6 +147,8 @@ class Comparison:
         layers = describe(outcome.model, outcome.plan, outcome.stages, outcome.unsnapped, entropy)
         layers = [{"method": method, "k": k, "seed": seed} | layer for layer in layers]
         result = {"row": row, "layers": layers, "float_bytes": found.float_bytes}
+        if found.layers:
+            save(outcome.model, self._model_path(name).with_suffix(".fewbits"))
         return self._finish(name, outcome.model, outcome.history, result)
 
     def _carry_out(self, method: Method, name: str, k: int, seed: int) -> _Outcome:
