@@ -39,7 +39,7 @@ class Indexed:
     @property
     def width(self) -> int:
         """Bits of a fixed-width index."""
-        return (self.codebook.shape[1] - 1).bit_length()
+        return _width(self.codebook.shape[1])
 
     @property
     def bytes_fixed(self) -> int:
@@ -121,8 +121,13 @@ def indexed(tensor: Tensor, groups: tuple[int, int] | None = None) -> Indexed | 
     return best
 
 
+def _width(k: int | np.integer) -> int:
+    """Return the bits that tell k values apart."""
+    return (int(k) - 1).bit_length()
+
+
 def _bytes_fixed(n: int, groups: int, k: int, size: int) -> int:
-    return math.ceil(n * (k - 1).bit_length() / 8) + groups * k * size
+    return math.ceil(n * _width(k) / 8) + groups * k * size
 
 
 def _index(
@@ -181,6 +186,9 @@ def _best_groups(whole: Indexed, axis: int) -> int:
     channels = sizes[axis]
     if channels < 2 or channels * k > _MOST_CELLS:
         return 1
+    first = whole.indices.reshape(sizes)[0] if axis == 0 else whole.indices.reshape(sizes)[:, 0]
+    if _width(np.count_nonzero(np.bincount(first.reshape(-1)))) == whole.width:
+        return 1  # some channel needs the whole width; most often it is the first
     table = np.zeros(channels * k, np.int64)
     _symbols.histogram(whole.indices, *one_axis(sizes, axis), table)
     there = table.reshape(channels, k) > 0
@@ -189,8 +197,8 @@ def _best_groups(whole: Indexed, axis: int) -> int:
         most = int(there.reshape(groups, -1, k).any(axis=1).sum(axis=1).max())
         return _bytes_fixed(len(whole.indices), groups, most, whole.codebook.itemsize)
 
-    if int(there.sum(axis=1).max() - 1).bit_length() == whole.width:
-        return 1  # some channel needs the whole width
+    if _width(there.sum(axis=1).max()) == whole.width:
+        return 1
     return min((g for g in range(1, channels + 1) if channels % g == 0), key=room)
 
 

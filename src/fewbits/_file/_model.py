@@ -5,7 +5,6 @@ classes, and the classes of a weight's three positions are its context: channels
 and channels with small ones get statistics of their own. docs/format.md says what a reader needs.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -125,18 +124,24 @@ def choose(indices: Array, shape: tuple[int, int, int], k: int) -> tuple[Model, 
         The model, and the bits of indices, classes and shares together.
     """
     maps, counts, table = _contexts(indices, shape, k)
-    best = None
-    for precision, mantissa in itertools.product(PRECISIONS, MANTISSAS):
-        if len(table) << precision > MOST_SLOTS or int((table > 0).sum(1).max()) > 1 << precision:
-            continue
-        if best is not None and precision != best[1].precision and mantissa < best[1].mantissa:
-            continue  # more slots want more exact shares, never fewer
+    most = int((table > 0).sum(1).max())
+    best: tuple[float, Model] | None = None
+
+    def consider(precision: int, mantissa: int) -> None:
+        nonlocal best
+        if len(table) << precision > MOST_SLOTS or most > 1 << precision:
+            return
         codes = _codes(table, mantissa)
         stored = table.size * (EXPONENT_BITS + mantissa) + _map_bits(shape, counts)
         bits = _bits(table, shares(codes, mantissa, precision), precision) + stored
         if best is None or bits < best[0]:
             best = bits, Model(maps, counts, precision, mantissa, codes)
+
+    for precision in PRECISIONS:
+        consider(precision, 6)
     assert best is not None  # 16 bits of precision always fit one context of 65,536 symbols
+    for mantissa in MANTISSAS:
+        consider(best[1].precision, mantissa)
     return best[1], best[0]
 
 
@@ -148,12 +153,16 @@ def _contexts(
     indices: Array, shape: tuple[int, int, int], k: int
 ) -> tuple[Maps, tuple[int, int, int], Array]:
     """Return classes, their numbers, and the (contexts, k) histogram under them."""
-    maps, counts = map(list, zip(*(_classes(indices, shape, k, a) for a in range(3)), strict=True))
+    found = [_classes(indices, shape, k, axis) for axis in range(3)]
+    maps, counts = [classes for classes, _ in found], [len(table) for _, table in found]
     while counts[0] * counts[1] * counts[2] * k > max(_MOST_CELLS, k):
         axis = int(np.argmax(counts))
         maps[axis], counts[axis] = maps[axis] // 2, counts[axis] // 2
     maps, counts = (maps[0], maps[1], maps[2]), (counts[0], counts[1], counts[2])
-    joint = histogram(indices, maps, counts, k).reshape(*counts, k)
+    table = next((t for _, t in found if len(t) == counts[0] * counts[1] * counts[2]), None)
+    if table is None:
+        table = histogram(indices, maps, counts, k)
+    joint = table.reshape(*counts, k)
     best = None
     for chosen, merged in _coarser(joint):
         cost = _entropy(merged) + merged.size * _TABLE_BITS + _map_bits(shape, chosen)
@@ -202,44 +211,48 @@ def _sum_log(counts: Array) -> float:
     return float((counts * np.log2(np.maximum(counts, 1))).sum())
 
 
-def _classes(indices: Array, shape: tuple[int, int, int], k: int, axis: int) -> tuple[Array, int]:
+def _classes(indices: Array, shape: tuple[int, int, int], k: int, axis: int) -> tuple[Array, Array]:
     """Sort the positions of one axis into classes of like statistics.
 
     Classes are numbered by the bits that their symbols cost under the whole tensor's frequencies,
     so that neighbours are alike and can be merged.
 
     Returns:
-        (size,) int32, and the number of classes, a power of 2; some may be empty. One where more
-        do not pay.
+        (size,) int32, and each class's (classes, k) histogram; the number of classes is a power
+        of 2, and some may be empty. One class where more do not pay.
     """
     size = shape[axis]
-    one = np.zeros(size, np.int32), 1
     if size < 2 or size * k > min(len(indices), _MOST_AXIS_CELLS):
-        return one
+        whole = np.bincount(indices, minlength=k)[None] if axis == 0 else np.zeros((1, k), np.int64)
+        return np.zeros(size, np.int32), whole
     table = histogram(indices, *one_axis(shape, axis), k)
     energy = table @ _prices(table.sum(axis=0))
     few = min(_MOST_CLASSES[axis], 1 << (size.bit_length() - 1))
     classes = np.empty(size, np.int64)
     classes[np.argsort(energy, kind="stable")] = np.arange(size) * few // size
     for _ in range(_ROUNDS):
-        prices = np.stack([_prices(table[classes == c].sum(axis=0)) for c in range(few)], axis=1)
-        classes = (table @ prices).argmin(axis=1)
-    used, classes = np.unique(classes, return_inverse=True)
-    mean = np.array([energy[classes == c].mean() for c in range(len(used))])
-    ranks = np.empty(len(used), np.int32)
-    ranks[np.argsort(mean, kind="stable")] = np.arange(len(used))
+        classes = (table @ _prices(_merged(table, classes, few)).T).argmin(axis=1)
+    count = np.bincount(classes, minlength=few)
+    mean = np.bincount(classes, energy, minlength=few) / np.maximum(count, 1)
+    mean[count == 0] = np.inf  # empty ones last
+    ranks = np.empty(few, np.int32)
+    ranks[np.argsort(mean, kind="stable")] = np.arange(few)
     classes = ranks[classes]
+    options = list(_halved(_merged(table, classes, few), 0))
+    costs = [_entropy(t) + t.size * _TABLE_BITS + size * (len(t) - 1).bit_length() for t in options]
+    best = int(np.argmin(costs))
+    return classes >> best, options[best]
 
-    joint = np.stack([table[classes == c].sum(axis=0) for c in range(few)])
-    options = [
-        _entropy(t) + t.size * _TABLE_BITS + size * (len(t) - 1).bit_length()
-        for t in _halved(joint, 0)
-    ]
-    best = int(np.argmin(options))
-    return classes >> best, few >> best
+
+def _merged(table: Array, classes: Array, few: int) -> Array:
+    """Return the histogram of each class, (few, k)."""
+    result = np.zeros((few, table.shape[1]), np.int64)
+    np.add.at(result, classes, table)
+    return result
 
 
 def _prices(counts: Array) -> Array:
     """Return the bits of each symbol in 1/256, integers so that sums are exact everywhere."""
     smooth = counts + 0.5
-    return np.rint(256 * np.log2(smooth.sum() / smooth)).astype(np.int64)
+    bits = np.log2(smooth.sum(axis=-1, keepdims=True) / smooth)
+    return np.rint(256 * bits).astype(np.int64)
