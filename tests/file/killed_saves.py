@@ -25,7 +25,7 @@ import fewbits
 
 assert zstandard
 torch.set_num_threads(1)
-LAST = 120  # of the moments of a save: flush, rename and what is between are among them
+LAST = 60  # moments of a save: the last write, flush and renaming are among them
 
 
 def state(seed: int, size: int = 40) -> dict[str, Tensor]:
@@ -99,8 +99,10 @@ def killed_at_moments(folder: Path) -> None:
     for moment in sorted(chosen):
         path.write_bytes(old)
         code = end(fork(lambda moment=moment: save_with_moments(path, moment)))
-        assert code == -signal.SIGKILL, code
-        found[whole(path, old, new)] += 1
+        outcome = whole(path, old, new)
+        # Not every save has as many moments: one may end before its last.
+        assert code == -signal.SIGKILL or (code == 0 and outcome == "new"), code
+        found[outcome] += 1
         if moment % 10 == 0:
             assert saved(2, path) == new
     assert saved(1, path) == old

