@@ -138,6 +138,7 @@ PIECES: list[tuple[str, Change, str]] = [
     ("R14", entry("data_offsets", ["0", "24"]), "i: .* are no offsets"),
     ("R14", entry("data_offsets", [-24, 0]), "i: .* are no offsets"),
     ("R14", entry("data_offsets", [1 << 64, (1 << 64) + 24]), "i: .* are no offsets"),
+    ("R14", entry("data_offsets", [(1 << 48) - 23, (1 << 48) + 1]), "i: .* are no offsets"),
     ("R14", entry("data_offsets", [24, 0]), "i: bytes 24 … 0 for 24 bytes"),
     ("R14", entry("data_offsets", [0, 1 << 48]), "i: bytes 0 … 281,474,976,710,656 for 24 bytes"),
     ("R14", entry("shape", [4]), "i: bytes .* for 32 bytes"),
