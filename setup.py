@@ -16,6 +16,7 @@ def extension(name: str, *sources: str) -> Extension:
     return Extension(
         name,
         [f"src/fewbits/{source}" for source in sources],
+        depends=["src/fewbits/_symbols/_native.h"],
         extra_compile_args=FLAGS,
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
@@ -24,6 +25,6 @@ def extension(name: str, *sources: str) -> Extension:
 
 
 setup(
-    ext_modules=[extension("fewbits._symbols._native", "_symbols/_native.c")],
+    ext_modules=[extension("fewbits._symbols._native", "_symbols/_native.c", "_symbols/_rans.c")],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -89,6 +89,14 @@ def test_strides_do_not_matter(tmp_path):
     round_trip(state, tmp_path)
 
 
+def test_views_that_conjugate_or_negate_are_not_tied_to_what_they_view(tmp_path):
+    values = torch.randn(4, dtype=torch.complex64)
+    state = {"w": few(3, 9, 9), "z": values, "conj": values.conj(), "imag": values.imag,
+             "neg": values.conj().imag}  # fmt: skip
+    assert state["neg"].is_neg()
+    round_trip(state, tmp_path)
+
+
 def test_the_state_dict_comes_back_in_its_order(tmp_path):
     state = {"b": torch.ones(3), "weight": few(2, 9, 9), "a": torch.ones(2, dtype=torch.float64)}
     assert list(round_trip(state, tmp_path)) == list(state)

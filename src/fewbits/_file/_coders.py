@@ -25,6 +25,7 @@ CHOICES: tuple[Choice, ...] = ("smallest", "fast", "packed")
 # memory. Writers pad.
 MOST_ELEMENTS_PER_BYTE = 4096
 ALIGNMENT = 8
+MOST_WINDOW = 1 << 27  # bytes that a zstd frame may refer back to
 
 # precision, mantissa, lanes, classes on three axes, zero, number of words
 _HEAD = struct.Struct("<BBHHHHHI")
@@ -119,10 +120,12 @@ def _unzipped(stream: memoryview, size: int) -> bytes:
     import zstandard
 
     try:
-        claimed = zstandard.get_frame_parameters(stream).content_size
-        if claimed != size:
-            raise ValueError(f"zstd claims {claimed:,} bytes where {size:,} are due")
-        return zstandard.ZstdDecompressor(max_window_size=1 << 27).decompress(stream, size)
+        frame = zstandard.get_frame_parameters(stream)
+        if frame.content_size != size:
+            raise ValueError(f"zstd claims {frame.content_size:,} bytes where {size:,} are due")
+        if frame.window_size > MOST_WINDOW:
+            raise ValueError(f"zstd wants a window of {frame.window_size:,} bytes")
+        return zstandard.ZstdDecompressor().decompress(stream, size)
     except (zstandard.ZstdError, MemoryError) as error:
         raise ValueError(f"zstd: {error}") from error
 

@@ -221,6 +221,8 @@ def parse(head: bytes, file_size: int) -> Header:
         raise Damage(f"the metadata are not {', '.join(_METADATA)}")
     if not all(isinstance(value, str) for value in metadata.values()):
         raise Damage("the metadata are not strings")
+    if len(metadata["header_crc32"]) != 8:
+        raise Damage("the header's checksum is not eight digits")
     entries = _entries(content, metadata["entry_crc32"], file_size - len(head))
     return _described(entries, metadata["tensors"])
 

@@ -228,9 +228,10 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
         if isinstance(t, Tensor) and (why := _why_fixed(t))
     ]  # fmt: skip
     if differences:
+        said = printable("; ".join(sorted(differences)))
         raise FileError(
-            f"{path}: does not fit the model: {'; '.join(sorted(differences))}. Build the model as"
-            " it was when it was saved; nothing in it was changed."
+            f"{path}: does not fit the model: {said}. Build the model as it was when it was saved;"
+            " nothing in it was changed."
         )
     result = {name: [state[name]] for name in stored}
     for alias, name in header.tied.items():
@@ -260,9 +261,10 @@ def _check_tied(path: Path, reader: Reader, targets: dict[str, list[Tensor]]) ->
             if first != name and not (
                 bits_of(reader.tensor(first)).tobytes() == bits_of(reader.tensor(name)).tobytes()
             ):
+                both = printable(f"{first} and {name}")
                 raise FileError(
-                    f"{path}: {first} and {name} are one tensor in the model, and differ in the"
-                    " file. Untie them first; nothing in the model was changed."
+                    f"{path}: {both} are one tensor in the model, and differ in the file."
+                    " Untie them first; nothing in the model was changed."
                 )
 
 

@@ -112,7 +112,8 @@ def _checked(model: nn.Module | Mapping[str, Tensor]) -> Tensors:
     tied: dict[str, str] = {}
     for name, tensor in state.items():
         _check_tensor(name, tensor)
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        views = tensor.is_conj(), tensor.is_neg()
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, views)
         if tensor.numel() and key in seen:
             tied[name] = seen[key]
             continue

@@ -1,7 +1,8 @@
 """What the functions of `_symbols` do, in plain NumPy: the definition and the fallback.
 
-`_native.c` has the same functions, compiled; the tests hold the two against each other. All take
-flat C-contiguous arrays and write their results into an array that the caller passes last.
+`_native.c` and `_rans.c` have the same functions, compiled; the tests hold the two against each
+other. All take flat C-contiguous arrays and write their results into an array that the caller
+passes last.
 """
 
 from collections.abc import Iterator
