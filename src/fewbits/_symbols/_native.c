@@ -206,6 +206,23 @@ static PyObject *reorder(PyObject *self, PyObject *args) {
         for (int c = 0; c < count[0] * count[1] * count[2]; c++) {
             int a = c / count[2] / count[1], b = c / count[2] % count[1], t = c % count[2];
             const Py_ssize_t *last = order[2] + starts[2][t + 1];
+            if (starts[2][t] == starts[2][t + 1]) continue; /* no position is of this class */
+            if (axes.size[2] == 1) { /* a matrix: no loop of one turn inside */
+                const Py_ssize_t *columns = order[1] + starts[1][b];
+                Py_ssize_t many = starts[1][b + 1] - starts[1][b];
+                for (Py_ssize_t i = starts[0][a]; i < starts[0][a + 1]; i++) {
+                    Py_ssize_t base = order[0][i] * axes.size[1];
+                    if (back)
+                        for (Py_ssize_t j = 0; j < many; j++) to[base + columns[j]] = from[j];
+                    else
+                        for (Py_ssize_t j = 0; j < many; j++) to[j] = from[base + columns[j]];
+                    if (back)
+                        from += many;
+                    else
+                        to += many;
+                }
+                continue;
+            }
             for (Py_ssize_t i = starts[0][a]; i < starts[0][a + 1]; i++)
                 for (Py_ssize_t j = starts[1][b]; j < starts[1][b + 1]; j++) {
                     Py_ssize_t base = (order[0][i] * axes.size[1] + order[1][j]) * axes.size[2];
