@@ -186,8 +186,11 @@ def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path, cut: str):
 
 
 def test_a_file_with_any_one_bit_flipped_is_refused(tmp_path: Path):
-    for place in range(8 * len(valid())):
-        flipped = bytearray(valid())
+    raw = damage.single("F32", [8], "packed", ([1, 2], bytes(4) + ONE), b"\xe4" + bytes(7))
+    (tmp_path / "x").write_bytes(raw)
+    assert fewbits.load(tmp_path / "x")["w"].tolist() == [0, 0, 1, 0, 0, 1, 1, 1]
+    for place in range(8 * len(raw)):
+        flipped = bytearray(raw)
         flipped[place // 8] ^= 1 << place % 8
         refused(tmp_path / "x", bytes(flipped))
 
