@@ -85,7 +85,7 @@ def inspect(file: Path, as_json: bool, debug: bool) -> None:
     dense = sum(row.elements * 4 if "float" in row.dtype else row.bytes for row in stored)
     print(
         f"{len(stored)} tensors, {sum(row.elements for row in stored):,} elements;"
-        f" {size:,} bytes, {rest:,} of them header and padding;"
+        f" {size:,} bytes, {rest:,} of them the header;"
         f" {dense / size:.1f} times smaller than in float32"
     )
 
