@@ -21,6 +21,9 @@ import fewbits
 PROGRAM = Path(__file__).with_name("killed_saves.py")
 
 
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks")
+
+
 def few(size: int = 40) -> dict[str, Tensor]:
     return {"w": torch.randint(5, (size, size)) / 4, "dense": torch.randn(size, size)}
 
@@ -37,23 +40,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@forks
 def test_a_save_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path: Path):
     found = ast.literal_eval(program(tmp_path, "moments"))
     assert found["old"] > 40  # before the renaming
     assert found["new"] > 5  # after it
 
 
+@forks
 def test_a_save_killed_at_any_time_leaves_the_old_file_or_the_new_one(tmp_path: Path):
     found = ast.literal_eval(program(tmp_path, "time"))
     assert found["whole"] == 25
     assert found["killed"] > 5  # the others were done before
 
 
+@forks
 def test_two_processes_that_save_to_one_path_leave_one_of_two_whole_files(tmp_path: Path):
     said = program(tmp_path, "together")
     assert said.endswith("} ['m.fewbits']\n")  # and nothing beside it
 
 
+@forks
 def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path):
     with tempfile.TemporaryDirectory() as folder:  # others cannot even enter tmp_path
         Path(folder).chmod(0o755)
@@ -62,6 +69,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path):
     assert said[1:] == ["['m.fewbits']"]
 
 
+@forks
 def test_a_file_that_grows_too_large_is_refused(tmp_path: Path):
     said = program(tmp_path, "short").splitlines()
     assert "m.fewbits: cannot be written (File too large)" in said[0]
@@ -187,3 +195,19 @@ def test_a_link_where_the_file_is_being_written_is_not_followed(tmp_path: Path):
     fewbits.save(few(), tmp_path / "m.fewbits")
     assert sorted(os.listdir(tmp_path)) == ["m.fewbits", "mine"]
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [0.5, 0.999])
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path, left: float):
+    path = tmp_path / "m.fewbits"
+
+    def cutting(items, _):
+        os.truncate(path, int(left * path.stat().st_size))  # after the header was read
+        return items
+
+    linear = torch.nn.Linear(200, 200)
+    fewbits.quantize(linear, bits=2)
+    state = linear.state_dict() | {"late": torch.randn(50_000)}
+    fewbits.save(state, path)
+    with pytest.raises(fewbits.FileError, match="late: ends at byte .*, beyond the file"):
+        fewbits.load(path, progress=cutting, threads=1)

@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -366,6 +365,8 @@ def test_a_hundred_thousand_damaged_files_are_refused_or_load_as_they_should():
 
 
 def main(count: int, first: int) -> None:
+    import resource  # not on Windows
+
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz.at(Path(folder, "x"))

@@ -43,6 +43,9 @@ for path in sys.argv[2:]:
 """
 
 
+limited = pytest.mark.skipif(sys.platform != "linux", reason="needs limits and /proc of Linux")
+
+
 def under_limit(room: int, *paths: Path) -> list[str]:
     """What loading says of each file, in a process that can take only so many bytes more."""
     arguments = [sys.executable, "-c", LIMITED, str(room), *map(str, paths)]
@@ -275,6 +278,7 @@ def huge_entry(parts: Parts) -> None:
     parts.table["i"] |= {"shape": [1 << 37], "data_offsets": [0, 1 << 40]}
 
 
+@limited
 def test_a_file_of_a_kilobyte_that_asks_for_a_terabyte_takes_neither_time_nor_memory(
     tmp_path: Path,
 ):
@@ -296,6 +300,7 @@ def test_a_file_of_a_kilobyte_that_asks_for_a_terabyte_takes_neither_time_nor_me
     assert [line.partition(":")[0] for line in said] == [str(tmp_path / name) for name in asks]
 
 
+@limited
 def test_the_most_that_a_file_can_ask_for_is_in_proportion_to_its_size(tmp_path: Path):
     # 4,096 elements of 8 bytes for each of 500 bytes, 16 MB, and their indices.
     book = [1, 1], bytes(8)
@@ -306,6 +311,7 @@ def test_the_most_that_a_file_can_ask_for_is_in_proportion_to_its_size(tmp_path:
     assert under_limit(80 << 20, tmp_path / "a", tmp_path / "b") == ["loaded", "loaded"]
 
 
+@limited
 @pytest.mark.parametrize("coder", ["packed", "rans"])
 def test_more_memory_than_there_is_is_refused(tmp_path: Path, coder: str):
     path, size = tmp_path / "x", 20_000
