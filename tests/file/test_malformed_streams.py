@@ -39,7 +39,7 @@ for path in sys.argv[2:]:
         print("loaded")
     except fewbits.FileError as error:
         print(error)
-    assert time.process_time() - began < 1, path
+    assert time.process_time() - began < 4, path
 """
 
 
@@ -306,7 +306,7 @@ def test_the_most_that_a_file_can_ask_for_is_in_proportion_to_its_size(tmp_path:
     book = [1, 1], bytes(8)
     (tmp_path / "a").write_bytes(damage.single("F64", [4096 * 500], "packed", book, bytes(500)))
     (tmp_path / "b").write_bytes(
-        damage.single("F64", [4096 * 500], "rans", book, damage.rans().ljust(500, b"\0"))
+        damage.single("F64", [4096 * 500], "rans", book, damage.rans(lanes=32).ljust(500, b"\0"))
     )
     assert under_limit(80 << 20, tmp_path / "a", tmp_path / "b") == ["loaded", "loaded"]
 
