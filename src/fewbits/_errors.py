@@ -23,9 +23,15 @@ class FileError(FewbitsError):
     """A file, folder, image, checkpoint or config that cannot be read or must not be written."""
 
 
-def printable(text: str) -> str:
-    """Return text from a stranger as one line: what would steer a terminal is spelled out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def printable(text: str, most: int = 500) -> str:
+    """Return text from a stranger as one line: what would steer a terminal is spelled out.
+
+    Args:
+        text: anything.
+        most: characters that are kept.
+    """
+    cut = text if len(text) <= most else text[:most] + " …"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:

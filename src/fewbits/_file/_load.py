@@ -167,7 +167,8 @@ def load(
     Args:
         path: the file.
         into: a module whose state dict has the same names, shapes and types; its tensors are
-            overwritten in place. All or nothing: it stays as it is if anything is wrong.
+            overwritten in place. All or nothing: the whole file is read and checked before the
+            first of them is touched, and read again after.
         threads: how many tensors to decode at a time; up to 4 if not given.
         progress: called with an iterable and its length; returns what to iterate over instead.
 
@@ -217,7 +218,7 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
         for name, t in state.items()
         if isinstance(t, Tensor)
     }
-    differences = [f"{name} is in the file only" for name in wanted if name not in there]
+    differences = [f"{printable(name)} is in the file only" for name in wanted if name not in there]
     differences += [f"{name} is in the model only" for name in there if name not in wanted]
     for name in wanted.keys() & there.keys():
         if wanted[name] != there[name]:
@@ -228,10 +229,9 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
         if isinstance(t, Tensor) and (why := _why_fixed(t))
     ]  # fmt: skip
     if differences:
-        said = printable("; ".join(sorted(differences)))
         raise FileError(
-            f"{path}: does not fit the model: {said}. Build the model as it was when it was saved;"
-            " nothing in it was changed."
+            f"{path}: does not fit the model: {'; '.join(sorted(differences))}. Build the model as"
+            " it was when it was saved; nothing in it was changed."
         )
     result = {name: [state[name]] for name in stored}
     for alias, name in header.tied.items():
