@@ -27,6 +27,9 @@ _MOST_CLASSES = (16, 16, 8)  # on each axis, powers of 2
 _MOST_CELLS = 1 << 18  # of contexts x values while classes are chosen
 _MOST_AXIS_CELLS = 1 << 22  # of channels x values
 _ROUNDS = 3  # of reassigning channels to classes
+# Elements from which the classes of the second axis and the others are chosen: a channel of 512 has
+# 1,024 of them, whose frequencies of 16 values are off by 3%.
+_SAMPLE = 1 << 19
 _TABLE_BITS = 9.0  # of an entry, in the estimate that chooses the classes
 
 
@@ -141,7 +144,10 @@ def choose(indices: Array, shape: tuple[int, int, int], k: int) -> tuple[Model, 
         consider(precision, 6)
     assert best is not None  # 16 bits of precision always fit one context of 65,536 symbols
     for mantissa in MANTISSAS:
+        before = best[0]
         consider(best[1].precision, mantissa)
+        if mantissa > 6 and best[0] == before:
+            break  # finer shares pay less and less
     return best[1], best[0]
 
 
@@ -154,12 +160,13 @@ def _contexts(
 ) -> tuple[Maps, tuple[int, int, int], Array]:
     """Return classes, their numbers, and the (contexts, k) histogram under them."""
     found = [_classes(indices, shape, k, axis) for axis in range(3)]
-    maps, counts = [classes for classes, _ in found], [len(table) for _, table in found]
+    maps, counts = [row[0] for row in found], [row[1] for row in found]
+    table = next((t for *_, t in found if t is not None and len(t) == np.prod(counts)), None)
     while counts[0] * counts[1] * counts[2] * k > max(_MOST_CELLS, k):
         axis = int(np.argmax(counts))
         maps[axis], counts[axis] = maps[axis] // 2, counts[axis] // 2
+        table = None
     maps, counts = (maps[0], maps[1], maps[2]), (counts[0], counts[1], counts[2])
-    table = next((t for _, t in found if len(t) == counts[0] * counts[1] * counts[2]), None)
     if table is None:
         table = histogram(indices, maps, counts, k)
     joint = table.reshape(*counts, k)
@@ -211,20 +218,25 @@ def _sum_log(counts: Array) -> float:
     return float((counts * np.log2(np.maximum(counts, 1))).sum())
 
 
-def _classes(indices: Array, shape: tuple[int, int, int], k: int, axis: int) -> tuple[Array, Array]:
+def _classes(
+    indices: Array, shape: tuple[int, int, int], k: int, axis: int
+) -> tuple[Array, int, Array | None]:
     """Sort the positions of one axis into classes of like statistics.
 
     Classes are numbered by the bits that their symbols cost under the whole tensor's frequencies,
     so that neighbours are alike and can be merged.
 
     Returns:
-        (size,) int32, and each class's (classes, k) histogram; the number of classes is a power
-        of 2, and some may be empty. One class where more do not pay.
+        (size,) int32; the number of classes, a power of 2, some of them empty, 1 where more do not
+        pay; and each class's histogram, (classes, k), where it was counted over all indices.
     """
-    size = shape[axis]
+    size, share = shape[axis], 1.0
+    if axis and len(indices) > _SAMPLE and shape[0] > 1:
+        rows = indices.reshape(shape[0], -1)[:: -(-len(indices) // _SAMPLE)]
+        share, shape = len(rows) / shape[0], (len(rows), *shape[1:])
+        indices = np.ascontiguousarray(rows).reshape(-1)
     if size < 2 or size * k > min(len(indices), _MOST_AXIS_CELLS):
-        whole = np.bincount(indices, minlength=k)[None] if axis == 0 else np.zeros((1, k), np.int64)
-        return np.zeros(size, np.int32), whole
+        return np.zeros(size, np.int32), 1, None
     table = histogram(indices, *one_axis(shape, axis), k)
     energy = table @ _prices(table.sum(axis=0))
     few = min(_MOST_CLASSES[axis], 1 << (size.bit_length() - 1))
@@ -239,9 +251,12 @@ def _classes(indices: Array, shape: tuple[int, int, int], k: int, axis: int) -> 
     ranks[np.argsort(mean, kind="stable")] = np.arange(few)
     classes = ranks[classes]
     options = list(_halved(_merged(table, classes, few), 0))
-    costs = [_entropy(t) + t.size * _TABLE_BITS + size * (len(t) - 1).bit_length() for t in options]
+    costs = [
+        _entropy(t) / share + t.size * _TABLE_BITS + size * (len(t) - 1).bit_length()
+        for t in options
+    ]
     best = int(np.argmin(costs))
-    return classes >> best, options[best]
+    return classes >> best, few >> best, options[best] if share == 1 else None
 
 
 def _merged(table: Array, classes: Array, few: int) -> Array:
