@@ -135,7 +135,7 @@ def nncodec_bytes(python: str, found: Iterable[Indexed]) -> int:
             rows = f.indices.reshape(f.shape).astype(np.int32) - middle
             paths.append(f"{folder}/{number}.npy")
             np.save(paths[-1], rows)
-        command = [python, "-c", NNCODEC, *paths]
+        command = [str(Path(python).absolute()), "-c", NNCODEC, *paths]
         out = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
         return int(out.stdout.split()[-1])
 

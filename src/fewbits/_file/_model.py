@@ -92,8 +92,10 @@ def shares(codes: Array, mantissa: int, precision: int) -> Array:
         raise ValueError("a context has more symbols than slots")
     upto = np.cumsum(weight, axis=1)
     total = np.maximum(upto[:, -1:], 1)
-    edges = np.pad(upto * free // total, ((0, 0), (1, 0)))
-    return (np.diff(edges, axis=1) + there).astype(np.uint32)
+    upper = upto * free // total
+    result = upper + there
+    result[:, 1:] -= upper[:, :-1]
+    return result.astype(np.uint32)
 
 
 def _codes(table: Array, mantissa: int) -> Array:
@@ -143,7 +145,7 @@ def choose(indices: Array, shape: tuple[int, int, int], k: int) -> tuple[Model, 
     for precision in PRECISIONS:
         consider(precision, 6)
     assert best is not None  # 16 bits of precision always fit one context of 65,536 symbols
-    for mantissa in MANTISSAS:
+    for mantissa in (m for m in MANTISSAS if m != 6):
         before = best[0]
         consider(best[1].precision, mantissa)
         if mantissa > 6 and best[0] == before:
