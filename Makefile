@@ -22,7 +22,7 @@ check: setup
 setup: $(STAMP)
 
 # One pip call for torch and fewbits, so that torch is resolved once, within both requirements.
-$(STAMP): pyproject.toml setup.py $(wildcard src/fewbits/*/*.c)
+$(STAMP): pyproject.toml setup.py $(wildcard src/fewbits/*/*.[ch])
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fewbits needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),'$(TORCH)') -e '.[dev]'

@@ -298,10 +298,9 @@ class Clustering:
         amount = layer.strength(self.steps)
         if amount <= 0:
             return
-        weight = layer.weight.detach()
-        view = layer.view()
-        proximal_step(self.regularizer, layer.pieces(self.steps), amount, view)
-        layer.write_view(weight, view)
+        pieces = layer.pieces(self.steps)
+        proximal_step(self.regularizer, pieces, amount)
+        layer.write_view(layer.weight.detach(), pieces.weight)
         codebook, order = layer.rows()
         counts, sums = cluster_sums(layer.view(), layer.view(), layer.boundaries())
         layer.note_usage(counts, USAGE_MOMENTUM)

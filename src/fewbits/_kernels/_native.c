@@ -1,0 +1,334 @@
+/* Compiled twin of _eager.py, which defines what each operation does; called by _cpu.py.
+ *
+ * A call runs one operation over a table of jobs, one a weight. Jobs are cut into parts by their
+ * shape alone, so that sums are formed in the same order on any number of threads. Addresses come
+ * from the caller, who answers for their sizes; the loops run without the GIL.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if (defined(__GNUC__) && defined(__x86_64__)) || (defined(_MSC_VER) && defined(__AVX2__))
+#define HAS_AVX2 1
+#include <immintrin.h>
+#else
+#define HAS_AVX2 0
+#endif
+
+#define BLOCK 1024 /* weights at a time: their temporaries stay in L1 */
+#define TREE 16    /* most values that are found by comparisons alone */
+#define MOST_CELLS (1 << 20)
+
+enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
+enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
+
+/* Field by field what `_cpu._JOB` packs. */
+typedef struct {
+    const void *weight;      /* (groups, members) contiguous, of `type` */
+    void *out;               /* the same shape, of `out_type` */
+    const float *codebook;   /* (groups, k) ascending */
+    const float *boundaries; /* (groups, k - 1) ascending */
+    double *counts, *sums;   /* (parts, k) where there is one group, else (groups, k) */
+    double *totals;          /* (parts, 2) */
+    int64_t type, out_type, groups, members, k, power, parts;
+    double amount;
+} Job;
+
+typedef struct {
+    double sum, count;
+} Pair;
+
+/* How one row's representatives are found. */
+typedef struct {
+    int64_t k;
+    const float *codebook;
+    float *boundaries; /* with an infinity after the last */
+    uint16_t *below;   /* boundaries in lower cells than each; used where `cells` > 0 */
+    int cells, most;   /* of the even grid; boundaries in its fullest cell */
+    float low, per_unit;
+    float tree[40]; /* see locate_tree */
+} Search;
+
+static inline float from_half(uint16_t half) {
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, scale = 0x77800000u; /* 2^112 */
+    float value, factor;
+    memcpy(&value, &bits, 4);
+    memcpy(&factor, &scale, 4);
+    value *= factor; /* exact for subnormal numbers too */
+    memcpy(&bits, &value, 4);
+    if (value >= 65536.0f) bits |= 0x7f800000u; /* infinity and NaN */
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_half(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x47800000u) return (uint16_t)(sign | 0x7c00); /* from 65,536 on */
+    if (bits < 0x38800000u) { /* subnormal: the addition rounds at the right bit */
+        float small = fabsf(value) + 0.5f;
+        memcpy(&bits, &small, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((bits - 0x38000000u + 0xfff + (bits >> 13 & 1)) >> 13));
+}
+
+#define NAME(x) x##_portable
+#define TARGET
+#define SIMD 0
+#include "_passes.h"
+#undef NAME
+#undef TARGET
+#undef SIMD
+
+#if HAS_AVX2
+#define NAME(x) x##_avx2
+#ifdef __GNUC__
+#define TARGET __attribute__((target("avx2,f16c")))
+#else
+#define TARGET
+#endif
+#define SIMD 1
+#include "_passes.h"
+#endif
+
+static int simd = 0; /* whether the second variant is used */
+
+static int processor_has_avx2(void) {
+#if HAS_AVX2 && defined(__GNUC__)
+    return __builtin_cpu_supports("avx2") != 0; /* all of these have F16C as well */
+#else
+    return HAS_AVX2;
+#endif
+}
+
+static void run(int operation, const Job *job, const Search *s, int64_t at, int64_t end, int lanes,
+                Pair *sums, double total[8]) {
+#if HAS_AVX2
+    if (simd) {
+        run_avx2(operation, job, s, at, end, lanes, sums, total);
+        return;
+    }
+#endif
+    run_portable(operation, job, s, at, end, lanes, sums, total);
+}
+
+static void moments(const Job *job, int64_t at, int64_t end, double sum[8], double squares[8]) {
+#if HAS_AVX2
+    if (simd) {
+        moments_avx2(job, at, end, sum, squares);
+        return;
+    }
+#endif
+    moments_portable(job, at, end, sum, squares);
+}
+
+/* ---- building a search ------------------------------------------------------------------ */
+
+static void plant(Search *s) {
+    float b[TREE], c[TREE];
+    for (int j = 0; j < TREE; j++) {
+        b[j] = j < s->k - 1 ? s->boundaries[j] : INFINITY;
+        c[j] = s->codebook[j < s->k ? j : s->k - 1];
+    }
+    s->tree[0] = b[7];
+    s->tree[1] = b[3];
+    s->tree[2] = b[11];
+    for (int t = 0; t < 8; t++) {
+        int back = (8 - t) & 7;
+        s->tree[8 + back] = b[(4 * t + 1) & 15];
+        s->tree[16 + back] = b[2 * t];
+        s->tree[24 + back] = c[t];
+        s->tree[32 + back] = c[8 + t];
+    }
+}
+
+/* Lay an even grid over the boundaries, fine enough that a cell holds one of them, or a few. */
+static void lay_grid(Search *s, int64_t members) {
+    int64_t count = s->k - 1;
+    int32_t cell[BLOCK];
+    for (int64_t cells = 4 * s->k; cells <= MOST_CELLS && 4 * cells <= members; cells *= 4) {
+        s->low = s->boundaries[0];
+        s->per_unit = (float)(cells - 2) / (s->boundaries[count - 1] - s->low);
+        if (!isfinite(s->per_unit)) break;
+        s->cells = (int)cells;
+        s->most = 0;
+        int64_t next = 0;
+        for (int64_t j = 0; j < count; j += BLOCK) {
+            int n = count - j < BLOCK ? (int)(count - j) : BLOCK, run = 0;
+            cells_portable(s, s->boundaries + j, n, cell);
+            for (int i = 0; i < n; i++) {
+                run = next > cell[i] ? run + 1 : 1;
+                for (; next <= cell[i]; next++) s->below[next] = (uint16_t)(j + i);
+                if (run > s->most) s->most = run;
+            }
+        }
+        for (; next < cells; next++) s->below[next] = (uint16_t)count;
+        if (s->most == 1 || (s->most <= 4 && cells >= 64 * s->k)) return;
+    }
+    s->cells = 0;
+}
+
+static void search_row(Search *s, const Job *job, int64_t row) {
+    s->codebook = job->codebook + row * job->k;
+    memcpy(s->boundaries, job->boundaries + row * (job->k - 1), (job->k - 1) * sizeof(float));
+    s->boundaries[job->k - 1] = INFINITY;
+    if (job->k <= TREE) plant(s);
+    else lay_grid(s, job->members);
+}
+
+/* ---- running jobs ----------------------------------------------------------------------- */
+
+/* Copies of each cluster's sum: many where few clusters would make neighbours wait for each
+ * other, fewer where adding them up would cost as much as the row itself. */
+static int lanes_for(const Job *job) {
+    int lanes = 8;
+    while (lanes > 1 && (lanes * job->k > 1024 || 4 * lanes * job->k > job->members)) lanes /= 2;
+    return lanes;
+}
+
+static int run_part(int operation, const Job *job, int64_t part, Search *s, Pair *sums) {
+    int64_t rows = (job->groups + job->parts - 1) / job->parts, columns = job->members;
+    int64_t row = part * rows, from = 0, lanes = lanes_for(job);
+    if (job->groups == 1) {
+        columns = ((job->members + job->parts - 1) / job->parts + BLOCK - 1) / BLOCK * BLOCK;
+        from = part * columns;
+        row = 0;
+    }
+    double total[8] = {0}, squares[8] = {0};
+    int summed = operation == MEASURE || operation == SUMS;
+    for (int64_t stop = row + rows < job->groups ? row + rows : job->groups; row < stop; row++) {
+        int64_t left = job->members - from, n = left < columns ? left : columns;
+        int64_t at = row * job->members + from;
+        if (operation == MOMENTS) {
+            moments(job, at, at + n, total, squares);
+            continue;
+        }
+        search_row(s, job, row);
+        if (summed) memset(sums, 0, lanes * job->k * sizeof(Pair));
+        run(operation, job, s, at, at + n, (int)lanes, sums, total);
+        if (!summed) continue;
+        int64_t to = (job->groups == 1 ? part : row) * job->k;
+        for (int64_t j = 0; j < job->k; j++) {
+            Pair all = {0, 0};
+            for (int64_t l = 0; l < lanes; l++) {
+                all.sum += sums[j * lanes + l].sum;
+                all.count += sums[j * lanes + l].count;
+            }
+            job->sums[to + j] = all.sum;
+            job->counts[to + j] = all.count;
+        }
+    }
+    if (operation == MEASURE || operation == MOMENTS)
+        for (int l = 0; l < 8; l++) {
+            job->totals[2 * part] += total[l];
+            job->totals[2 * part + 1] += squares[l];
+        }
+    return 1;
+}
+
+/* Run the parts `first` … `last` - 1 of all jobs together; 0 where memory is short. */
+static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t first,
+                     int64_t last) {
+    Search s = {0};
+    Pair *sums = NULL;
+    int ok = 1;
+    for (Py_ssize_t j = 0; j < count && first < last; j++) {
+        const Job *job = jobs + j;
+        if (first >= job->parts) {
+            first -= job->parts;
+            last -= job->parts;
+            continue;
+        }
+        if (job->k > s.k) {
+            free(s.boundaries);
+            free(s.below);
+            free(sums);
+            int64_t cells = 64 * job->k < MOST_CELLS ? 64 * job->k : MOST_CELLS;
+            s.boundaries = malloc(job->k * sizeof(float));
+            s.below = malloc(cells * sizeof(uint16_t));
+            sums = malloc(8 * job->k * sizeof(Pair));
+            if (!s.boundaries || !s.below || !sums) {
+                ok = 0;
+                break;
+            }
+        }
+        int64_t most = s.k > job->k ? s.k : job->k;
+        s.k = job->k;
+        for (; first < last && first < job->parts; first++)
+            run_part(operation, job, first, &s, sums);
+        s.k = most;
+        first -= job->parts;
+        last -= job->parts;
+    }
+    free(s.boundaries);
+    free(s.below);
+    free(sums);
+    return ok;
+}
+
+static PyObject *run_jobs(PyObject *self, PyObject *args) {
+    Py_buffer jobs;
+    int operation, ok;
+    long long first, last;
+    if (!PyArg_ParseTuple(args, "iy*LL", &operation, &jobs, &first, &last)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ok = run_parts(operation, jobs.buf, jobs.len / (Py_ssize_t)sizeof(Job), first, last);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&jobs);
+    if (!ok) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+/* Add up the parts' sums of one-group jobs, and all totals, in order: into the first row. */
+static PyObject *combine(PyObject *self, PyObject *args) {
+    Py_buffer buffer;
+    if (!PyArg_ParseTuple(args, "y*", &buffer)) return NULL;
+    const Job *jobs = buffer.buf;
+    for (Py_ssize_t i = 0; i < buffer.len / (Py_ssize_t)sizeof(Job); i++)
+        for (int64_t part = 1; part < jobs[i].parts; part++) {
+            const Job *job = jobs + i;
+            if (job->counts && job->groups == 1)
+                for (int64_t j = 0; j < job->k; j++) {
+                    job->counts[j] += job->counts[part * job->k + j];
+                    job->sums[j] += job->sums[part * job->k + j];
+                }
+            if (job->totals)
+                for (int t = 0; t < 2; t++) job->totals[t] += job->totals[2 * part + t];
+        }
+    PyBuffer_Release(&buffer);
+    Py_RETURN_NONE;
+}
+
+/* Switch the variant for AVX2 on or off; returns whether it is now used. */
+static PyObject *use_simd(PyObject *self, PyObject *args) {
+    int wanted;
+    if (!PyArg_ParseTuple(args, "p", &wanted)) return NULL;
+    simd = wanted && processor_has_avx2();
+    return PyBool_FromLong(simd);
+}
+
+static PyMethodDef methods[] = {
+    {"run", run_jobs, METH_VARARGS, NULL},
+    {"combine", combine, METH_VARARGS, NULL},
+    {"use_simd", use_simd, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_native", "Compiled twin of _eager.py.", -1, methods,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    simd = processor_has_avx2();
+    return PyModule_Create(&module);
+}
