@@ -147,7 +147,10 @@ class Clustering:
         """
         self._check_active("step")
         for layer in self._layers:
-            layer.forget_std()
+            layer.forget()
+            if isinstance(self.pull, Penalty) and layer.strength(self.steps + 1):
+                # The pass that the next loss needs also tells whether the weights are finite.
+                layer.measure(self.regularizer)
         penalties, self._last_penalties = self._last_penalties, []
         check_numbers(self._layers, penalties, self.steps)
         for layer, counts in self._last_counts:

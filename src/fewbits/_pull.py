@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ._codebook import boundaries_of
 from ._errors import PlanError
-from ._kernels import PIECE, assign_pieces, compute_dtype, count, gather, measure, move, pull
+from ._kernels import (
+    PIECE,
+    Measures,
+    assign_pieces,
+    compute_dtype,
+    count,
+    gather,
+    measure,
+    midpoints,
+    move,
+    pull,
+)
 from .regularizers import LayerState, Regularizer
 from .schedules import Schedule, as_schedule
 
@@ -108,6 +119,7 @@ class Pieces:
         usage: (G, K) running share.
         parameters: the regularizer's own tensors, (G, K) each, in codebook order.
         step: steps taken.
+        measured: what `measure` gives for these weights and this codebook, if that is known.
     """
 
     weight: Tensor
@@ -116,17 +128,19 @@ class Pieces:
     usage: Tensor
     parameters: Mapping[str, Tensor]
     step: int
+    measured: Measures | None = None
 
-    def boundaries(self, regularizer: Regularizer) -> Tensor:
-        """Return where assignment changes, (G, K - 1) ascending."""
+    def boundaries(self, regularizer: Regularizer) -> Tensor | None:
+        """Return where assignment changes, (G, K - 1) ascending; None for the midpoints."""
         cost = regularizer.cost(self.usage)
-        return boundaries_of(self.codebook, None if cost is None else cost * self.std**2)
+        return None if cost is None else boundaries_of(self.codebook, cost * self.std**2)
 
     def walk(self, regularizer: Regularizer) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yield rows, columns, the normalised weights and their indices, piece by piece."""
         k = self.codebook.shape[1]
         size = max(1, COMPARED // k) if regularizer.compares_all else PIECE
         boundaries = self.boundaries(regularizer)
+        boundaries = midpoints(self.codebook) if boundaries is None else boundaries
         dtype = compute_dtype(self.weight)
         for rows, columns, indices in assign_pieces(self.weight, boundaries, size):
             yield rows, columns, self.weight[rows, columns].to(dtype) / self.std, indices
@@ -151,7 +165,9 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
         boundaries = layer.boundaries(regularizer)
-        total, counts, sums = measure(layer.weight, layer.codebook, boundaries, power)
+        total, _, counts, sums = layer.measured or measure(
+            layer.weight, layer.codebook, boundaries, power
+        )
         scale = 1 / (size * layer.std.double() ** power)
         return total * scale, counts, {"codebook": sums * (-power * scale)}
     k = layer.codebook.shape[1]

@@ -9,6 +9,7 @@ import os
 
 from . import _eager
 from ._eager import PIECE as PIECE
+from ._eager import Measures as Measures
 from ._eager import accumulate as accumulate
 from ._eager import assign_pieces as assign_pieces
 from ._eager import compute_dtype as compute_dtype

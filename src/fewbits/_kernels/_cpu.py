@@ -7,6 +7,7 @@ A weight is cut into parts by its shape alone and the parts' sums are added up i
 number of threads shows in no bit of a result.
 """
 
+import math
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -86,36 +87,36 @@ class _Job:
 
     def __init__(
         self,
-        operation: int,
         weight: Tensor,
-        boundaries: Tensor,
+        k: int,
         *,
         codebook: Tensor | None = None,
+        boundaries: Tensor | None = None,
         out: Tensor | None = None,
         power: int = 1,
         amount: float = 0.0,
+        summed: bool = False,
     ):
         groups, members = weight.shape
-        k = boundaries.shape[1] + 1
-        self.operation, self.parts, self.weights = operation, _parts(groups, members, k), groups
-        self.weights *= members
-        boundaries = _narrow(boundaries)
+        self.groups, self.weights = groups, groups * members
+        self.parts = _parts(groups, members, k)
+        boundaries = None if boundaries is None else _narrow(boundaries)
         # Where no representative is needed, any numbers will do.
-        codebook = boundaries.new_zeros(groups, k) if codebook is None else codebook.contiguous()
-        rows = self.parts if groups == 1 else groups
-        summed = operation in (MEASURE, SUMS)
-        self.counts = torch.zeros(rows if summed else 0, k, dtype=torch.float64)
-        self.sums = torch.zeros_like(self.counts)
-        self.totals = torch.zeros(self.parts, 2, dtype=torch.float64)
+        codebook = torch.zeros(groups, k) if codebook is None else codebook.contiguous()
+        rows = (self.parts if groups == 1 else groups) if summed else 0
+        # Counts, sums and totals: one tensor, since making one takes longer than a small layer.
+        self.results = torch.zeros(2 * rows * k + 2 * self.parts, dtype=torch.float64)
+        self.k, self.rows = k, rows
         self.kept = (weight, boundaries, codebook, out)
+        address = self.results.data_ptr()
         self.packed = _JOB.pack(
             weight.data_ptr(),
             0 if out is None else out.data_ptr(),
             codebook.data_ptr(),
-            boundaries.data_ptr(),
-            self.counts.data_ptr() if summed else 0,
-            self.sums.data_ptr() if summed else 0,
-            self.totals.data_ptr(),
+            0 if boundaries is None else boundaries.data_ptr(),
+            address + 16 * self.parts if summed else 0,
+            address + 16 * self.parts + 8 * rows * k if summed else 0,
+            address,
             _TYPES[weight.dtype],
             0 if out is None else _TYPES[out.dtype],
             groups,
@@ -126,18 +127,28 @@ class _Job:
             amount,
         )
 
-    def run(self) -> None:
-        _run(self.operation, self.packed, self.parts, self.weights)
-        if self.parts > 1:
-            _native.combine(self.packed)
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Return the counts and sums, (G, K) each."""
+        both = self.results[2 * self.parts :].view(2, self.rows, self.k)
+        return both[0, : self.groups], both[1, : self.groups]
+
+
+def _do(operation: int, *jobs: _Job) -> None:
+    """Run one operation over all jobs together, on as many threads as torch uses."""
+    table = b"".join([job.packed for job in jobs])
+    parts = sum(job.parts for job in jobs)
+    _run(operation, table, parts, sum(job.weights for job in jobs))
+    if operation == MEASURE or parts > len(jobs):
+        _native.combine(operation, table)
 
 
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.assign`."""
     if not _fits(weight):
         return _eager.assign(weight, boundaries)
-    indices = torch.empty(weight.shape, dtype=_eager.index_dtype(boundaries.shape[1] + 1))
-    _Job(ASSIGN, weight, boundaries, out=indices).run()
+    k = boundaries.shape[1] + 1
+    indices = torch.empty(weight.shape, dtype=_eager.index_dtype(k))
+    _do(ASSIGN, _Job(weight, k, boundaries=boundaries, out=indices))
     return indices
 
 
@@ -147,7 +158,7 @@ def snap(weight: Tensor, codebook: Tensor, boundaries: Tensor) -> Tensor:
         return _eager.snap(weight, codebook, boundaries)
     snapped = torch.empty_like(weight)
     values = codebook.to(weight.dtype).float()
-    _Job(SNAP, weight, boundaries, codebook=values, out=snapped).run()
+    _do(SNAP, _Job(weight, values.shape[1], codebook=values, boundaries=boundaries, out=snapped))
     return snapped
 
 
@@ -157,47 +168,80 @@ def cluster_sums(
     """See `_eager.cluster_sums`."""
     if not _fits(weight, values):
         return _eager.cluster_sums(values, weight, boundaries, power)
-    job = _Job(SUMS, weight, boundaries, out=values, power=power)
-    job.run()
-    return job.counts[: len(weight)], job.sums[: len(weight)]
+    k = boundaries.shape[1] + 1
+    job = _Job(weight, k, boundaries=boundaries, out=values, power=power, summed=True)
+    _do(SUMS, job)
+    return job.sums()
 
 
 def measure(
-    weight: Tensor, codebook: Tensor, boundaries: Tensor, power: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int
+) -> _eager.Measures:
     """See `_eager.measure`."""
     if not _fits(weight) or codebook.dtype != torch.float32:
         return _eager.measure(weight, codebook, boundaries, power)
-    job = _Job(MEASURE, weight, boundaries, codebook=codebook, power=power)
-    job.run()
-    return job.totals[0, 0], job.counts[: len(weight)], job.sums[: len(weight)]
+    job = _Job(
+        weight,
+        codebook.shape[1],
+        codebook=codebook,
+        boundaries=boundaries,
+        power=power,
+        summed=True,
+    )
+    _do(MEASURE, job)
+    return job.results[0], job.results[1], *job.sums()
 
 
 def pull(
-    out: Tensor, weight: Tensor, codebook: Tensor, boundaries: Tensor, power: int, factor: float
+    out: Tensor,
+    weight: Tensor,
+    codebook: Tensor,
+    boundaries: Tensor | None,
+    power: int,
+    factor: float,
 ) -> None:
     """See `_eager.pull`."""
     if not _fits(weight, out) or codebook.dtype != torch.float32:
         _eager.pull(out, weight, codebook, boundaries, power, factor)
         return
-    _Job(PULL, weight, boundaries, codebook=codebook, out=out, power=power, amount=factor).run()
+    job = _Job(
+        weight,
+        codebook.shape[1],
+        codebook=codebook,
+        boundaries=boundaries,
+        out=out,
+        power=power,
+        amount=factor,
+    )
+    _do(PULL, job)
 
 
-def move(weight: Tensor, codebook: Tensor, boundaries: Tensor, power: int, amount: float) -> None:
+def move(
+    weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int, amount: float
+) -> None:
     """See `_eager.move`."""
     if not _fits(weight) or codebook.dtype != torch.float32:
         _eager.move(weight, codebook, boundaries, power, amount)
         return
-    _Job(MOVE, weight, boundaries, codebook=codebook, out=weight, power=power, amount=amount).run()
+    job = _Job(
+        weight,
+        codebook.shape[1],
+        codebook=codebook,
+        boundaries=boundaries,
+        out=weight,
+        power=power,
+        amount=amount,
+    )
+    _do(MOVE, job)
 
 
 def std(weight: Tensor) -> Tensor:
     """See `_eager.std`."""
     if not _fits(weight):
         return _eager.std(weight)
-    flat = weight.view(1, -1)
-    job = _Job(MOMENTS, flat, torch.empty(1, 0))
-    job.run()
-    total, squares = job.totals[0]
+    job = _Job(weight.view(1, -1), 1)
+    _do(MOMENTS, job)
+    total, squares = job.results[:2].tolist()
     size = weight.numel()
-    return ((squares / size - (total / size).square()).clamp(min=0)).sqrt().float()
+    spread = squares / size - (total / size) ** 2
+    return torch.tensor(math.sqrt(spread) if spread > 0 else spread * 0)

@@ -22,6 +22,7 @@
 #define BLOCK 1024 /* weights at a time: their temporaries stay in L1 */
 #define TREE 16    /* most values that are found by comparisons alone */
 #define MOST_CELLS (1 << 20)
+#define PAIRED 8192 /* least weights in a row for sums by pairs of indices, 1,024 of them */
 
 enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
 enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
@@ -31,9 +32,9 @@ typedef struct {
     const void *weight;      /* (groups, members) contiguous, of `type` */
     void *out;               /* the same shape, of `out_type` */
     const float *codebook;   /* (groups, k) ascending */
-    const float *boundaries; /* (groups, k - 1) ascending */
+    const float *boundaries; /* (groups, k - 1) ascending; NULL for midpoints */
     double *counts, *sums;   /* (parts, k) where there is one group, else (groups, k) */
-    double *totals;          /* (parts, 2) */
+    double *totals;          /* (parts, 2): the penalty and, once combined, squared deviations */
     int64_t type, out_type, groups, members, k, power, parts;
     double amount;
 } Job;
@@ -41,6 +42,20 @@ typedef struct {
 typedef struct {
     double sum, count;
 } Pair;
+
+/* Sums and counts by the indices of two neighbouring weights: 4 lanes. */
+typedef struct {
+    double sums[4][256][2];
+    uint32_t counts[4][256];
+    uint32_t single; /* whether the last weight had no neighbour: counted as one of index 0 */
+} Pairs;
+
+/* Where one row's sums by cluster are formed. */
+typedef struct {
+    Pair *single; /* (k, lanes) */
+    int lanes;
+    Pairs *pairs; /* used instead where it is not NULL */
+} Sums;
 
 /* How one row's representatives are found. */
 typedef struct {
@@ -110,15 +125,15 @@ static int processor_has_avx2(void) {
 #endif
 }
 
-static void run(int operation, const Job *job, const Search *s, int64_t at, int64_t end, int lanes,
-                Pair *sums, double total[8]) {
+static void run(int operation, const Job *job, const Search *s, int64_t at, int64_t end,
+                Sums *sums, double total[8]) {
 #if HAS_AVX2
     if (simd) {
-        run_avx2(operation, job, s, at, end, lanes, sums, total);
+        run_avx2(operation, job, s, at, end, sums, total);
         return;
     }
 #endif
-    run_portable(operation, job, s, at, end, lanes, sums, total);
+    run_portable(operation, job, s, at, end, sums, total);
 }
 
 static void moments(const Job *job, int64_t at, int64_t end, double sum[8], double squares[8]) {
@@ -177,9 +192,20 @@ static void lay_grid(Search *s, int64_t members) {
     s->cells = 0;
 }
 
+/* As `_eager.midpoints`: rounded towards minus infinity. */
+static float midpoint(double low, double high) {
+    double exact = low + (high - low) / 2;
+    float middle = (float)exact;
+    return middle > exact ? nextafterf(middle, -INFINITY) : middle;
+}
+
 static void search_row(Search *s, const Job *job, int64_t row) {
     s->codebook = job->codebook + row * job->k;
-    memcpy(s->boundaries, job->boundaries + row * (job->k - 1), (job->k - 1) * sizeof(float));
+    if (job->boundaries)
+        memcpy(s->boundaries, job->boundaries + row * (job->k - 1), (job->k - 1) * sizeof(float));
+    else
+        for (int64_t j = 0; j < job->k - 1; j++)
+            s->boundaries[j] = midpoint(s->codebook[j], s->codebook[j + 1]);
     s->boundaries[job->k - 1] = INFINITY;
     if (job->k <= TREE) plant(s);
     else lay_grid(s, job->members);
@@ -195,9 +221,43 @@ static int lanes_for(const Job *job) {
     return lanes;
 }
 
-static int run_part(int operation, const Job *job, int64_t part, Search *s, Pair *sums) {
+static void clear(Sums *sums, int64_t k) {
+    if (sums->pairs) memset(sums->pairs, 0, sizeof(Pairs));
+    else memset(sums->single, 0, sums->lanes * k * sizeof(Pair));
+}
+
+static void write_sums(const Sums *sums, int64_t k, double *counts, double *totals) {
+    for (int64_t j = 0; j < k; j++) {
+        Pair all = {0, 0};
+        if (sums->pairs) {
+            for (int l = 0; l < 4; l++)
+                for (int other = 0; other < 16; other++) {
+                    int low = (int)j | other << 4, high = other | (int)j << 4;
+                    all.sum += sums->pairs->sums[l][low][0] + sums->pairs->sums[l][high][1];
+                    all.count += (double)sums->pairs->counts[l][low];
+                    all.count += (double)sums->pairs->counts[l][high];
+                }
+            if (j == 0) all.count -= sums->pairs->single;
+        } else {
+            for (int l = 0; l < sums->lanes; l++) {
+                all.sum += sums->single[j * sums->lanes + l].sum;
+                all.count += sums->single[j * sums->lanes + l].count;
+            }
+        }
+        totals[j] = all.sum;
+        counts[j] = all.count;
+    }
+}
+
+static void run_part(int operation, const Job *job, int64_t part, Search *s, Sums sums,
+                     Pairs *pairs) {
     int64_t rows = (job->groups + job->parts - 1) / job->parts, columns = job->members;
-    int64_t row = part * rows, from = 0, lanes = lanes_for(job);
+    int64_t row = part * rows, from = 0;
+    sums.lanes = lanes_for(job);
+    sums.pairs = operation == MEASURE && job->power == 2 && job->k <= TREE
+                         && job->members >= PAIRED
+                     ? pairs
+                     : NULL;
     if (job->groups == 1) {
         columns = ((job->members + job->parts - 1) / job->parts + BLOCK - 1) / BLOCK * BLOCK;
         from = part * columns;
@@ -213,33 +273,24 @@ static int run_part(int operation, const Job *job, int64_t part, Search *s, Pair
             continue;
         }
         search_row(s, job, row);
-        if (summed) memset(sums, 0, lanes * job->k * sizeof(Pair));
-        run(operation, job, s, at, at + n, (int)lanes, sums, total);
-        if (!summed) continue;
+        if (summed) clear(&sums, job->k);
+        run(operation, job, s, at, at + n, &sums, total);
         int64_t to = (job->groups == 1 ? part : row) * job->k;
-        for (int64_t j = 0; j < job->k; j++) {
-            Pair all = {0, 0};
-            for (int64_t l = 0; l < lanes; l++) {
-                all.sum += sums[j * lanes + l].sum;
-                all.count += sums[j * lanes + l].count;
-            }
-            job->sums[to + j] = all.sum;
-            job->counts[to + j] = all.count;
-        }
+        if (summed) write_sums(&sums, job->k, job->counts + to, job->sums + to);
     }
     if (operation == MEASURE || operation == MOMENTS)
         for (int l = 0; l < 8; l++) {
             job->totals[2 * part] += total[l];
             job->totals[2 * part + 1] += squares[l];
         }
-    return 1;
 }
 
 /* Run the parts `first` … `last` - 1 of all jobs together; 0 where memory is short. */
 static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t first,
                      int64_t last) {
     Search s = {0};
-    Pair *sums = NULL;
+    Sums sums = {0};
+    Pairs pairs;
     int ok = 1;
     for (Py_ssize_t j = 0; j < count && first < last; j++) {
         const Job *job = jobs + j;
@@ -251,12 +302,12 @@ static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t f
         if (job->k > s.k) {
             free(s.boundaries);
             free(s.below);
-            free(sums);
+            free(sums.single);
             int64_t cells = 64 * job->k < MOST_CELLS ? 64 * job->k : MOST_CELLS;
             s.boundaries = malloc(job->k * sizeof(float));
             s.below = malloc(cells * sizeof(uint16_t));
-            sums = malloc(8 * job->k * sizeof(Pair));
-            if (!s.boundaries || !s.below || !sums) {
+            sums.single = malloc(8 * job->k * sizeof(Pair));
+            if (!s.boundaries || !s.below || !sums.single) {
                 ok = 0;
                 break;
             }
@@ -264,14 +315,14 @@ static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t f
         int64_t most = s.k > job->k ? s.k : job->k;
         s.k = job->k;
         for (; first < last && first < job->parts; first++)
-            run_part(operation, job, first, &s, sums);
+            run_part(operation, job, first, &s, sums, &pairs);
         s.k = most;
         first -= job->parts;
         last -= job->parts;
     }
     free(s.boundaries);
     free(s.below);
-    free(sums);
+    free(sums.single);
     return ok;
 }
 
@@ -288,22 +339,55 @@ static PyObject *run_jobs(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* Add up the parts' sums of one-group jobs, and all totals, in order: into the first row. */
+/* Add the later parts' sums and totals to the first, in order. */
+static void add_parts(const Job *job) {
+    for (int64_t part = 1; part < job->parts; part++) {
+        for (int64_t j = 0; job->counts && job->groups == 1 && j < job->k; j++) {
+            job->counts[j] += job->counts[part * job->k + j];
+            job->sums[j] += job->sums[part * job->k + j];
+        }
+        for (int t = 0; t < 2; t++) job->totals[t] += job->totals[2 * part + t];
+    }
+}
+
+/* Sum of squared deviations of all weights from their mean.
+ *
+ * For nearest-2 it follows from the sums by cluster. Where a codebook lies so far off that this
+ * would cancel, and for nearest-1, it takes a pass of its own.
+ */
+static double deviations(const Job *job) {
+    double size = (double)job->groups * (double)job->members, mean = 0, spread = job->totals[0];
+    int64_t count = job->groups * job->k;
+    if (job->power == 2) {
+        for (int64_t j = 0; j < count; j++)
+            mean += job->codebook[j] * job->counts[j] + job->sums[j];
+        mean /= size;
+        for (int64_t j = 0; j < count; j++) {
+            double away = job->codebook[j] - mean;
+            spread += away * (away * job->counts[j] + 2 * job->sums[j]);
+        }
+        if (!(spread < 1e-6 * job->totals[0])) return spread;
+    }
+    double sum[8] = {0}, squares[8] = {0}, total = 0;
+    moments(job, 0, job->groups * job->members, sum, squares);
+    for (int l = 0; l < 8; l++) total += sum[l];
+    spread = -total * total / size;
+    for (int l = 0; l < 8; l++) spread += squares[l];
+    return spread < 0 ? 0 : spread;
+}
+
+/* Finish jobs of which all parts have run. */
 static PyObject *combine(PyObject *self, PyObject *args) {
     Py_buffer buffer;
-    if (!PyArg_ParseTuple(args, "y*", &buffer)) return NULL;
+    int operation;
+    if (!PyArg_ParseTuple(args, "iy*", &operation, &buffer)) return NULL;
     const Job *jobs = buffer.buf;
-    for (Py_ssize_t i = 0; i < buffer.len / (Py_ssize_t)sizeof(Job); i++)
-        for (int64_t part = 1; part < jobs[i].parts; part++) {
-            const Job *job = jobs + i;
-            if (job->counts && job->groups == 1)
-                for (int64_t j = 0; j < job->k; j++) {
-                    job->counts[j] += job->counts[part * job->k + j];
-                    job->sums[j] += job->sums[part * job->k + j];
-                }
-            if (job->totals)
-                for (int t = 0; t < 2; t++) job->totals[t] += job->totals[2 * part + t];
-        }
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < buffer.len / (Py_ssize_t)sizeof(Job); i++) {
+        add_parts(jobs + i);
+        if (operation == MEASURE) jobs[i].totals[1] = deviations(jobs + i);
+    }
+    Py_END_ALLOW_THREADS
     PyBuffer_Release(&buffer);
     Py_RETURN_NONE;
 }

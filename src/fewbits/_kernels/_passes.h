@@ -61,25 +61,40 @@ TARGET static void NAME(store)(void *data, int type, int64_t at, int n, const fl
  * `at` counts down from 0: after each level it is minus the number of the node. A permutation
  * reads its low three bits, so the tables are stored backwards modulo 8.
  */
+typedef struct {
+    __m256 root, low, high, third, fourth, lower, upper;
+} NAME(Tree);
+
+TARGET static inline NAME(Tree) NAME(tree_of)(const Search *s) {
+    NAME(Tree) t = {_mm256_set1_ps(s->tree[0]),      _mm256_set1_ps(s->tree[1]),
+                    _mm256_set1_ps(s->tree[2]),      _mm256_loadu_ps(s->tree + 8),
+                    _mm256_loadu_ps(s->tree + 16),   _mm256_loadu_ps(s->tree + 24),
+                    _mm256_loadu_ps(s->tree + 32)};
+    return t;
+}
+
+/* Return the representatives of eight weights; `*minus` is set to minus their indices. */
+TARGET static inline __m256 NAME(descend)(const NAME(Tree) *t, __m256 x, __m256i *minus) {
+    __m256 half = _mm256_cmp_ps(x, t->root, _CMP_GT_OQ);
+    __m256 other = _mm256_cmp_ps(x, _mm256_blendv_ps(t->low, t->high, half), _CMP_GT_OQ);
+    __m256i at = _mm256_castps_si256(half);
+    at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(other));
+    __m256 more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t->third, at), _CMP_GT_OQ);
+    at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(more));
+    more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t->fourth, at), _CMP_GT_OQ);
+    at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(more));
+    *minus = at;
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t->lower, at),
+                            _mm256_permutevar8x32_ps(t->upper, at), half);
+}
+
 TARGET static int NAME(locate_tree)(const Search *s, const float *w, int n, uint16_t *index,
                                     float *near) {
-    const __m256 root = _mm256_set1_ps(s->tree[0]);
-    const __m256 low = _mm256_set1_ps(s->tree[1]), high = _mm256_set1_ps(s->tree[2]);
-    const __m256 third = _mm256_loadu_ps(s->tree + 8), fourth = _mm256_loadu_ps(s->tree + 16);
-    const __m256 lower = _mm256_loadu_ps(s->tree + 24), upper = _mm256_loadu_ps(s->tree + 32);
+    const NAME(Tree) tree = NAME(tree_of)(s);
     int i = 0;
     for (; i + 8 <= n; i += 8) {
-        __m256 x = _mm256_loadu_ps(w + i);
-        __m256 half = _mm256_cmp_ps(x, root, _CMP_GT_OQ);
-        __m256 other = _mm256_cmp_ps(x, _mm256_blendv_ps(low, high, half), _CMP_GT_OQ);
-        __m256i at = _mm256_castps_si256(half);
-        at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(other));
-        __m256 more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(third, at), _CMP_GT_OQ);
-        at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(more));
-        more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(fourth, at), _CMP_GT_OQ);
-        at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(more));
-        _mm256_storeu_ps(near + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(lower, at),
-                                                    _mm256_permutevar8x32_ps(upper, at), half));
+        __m256i at;
+        _mm256_storeu_ps(near + i, NAME(descend)(&tree, _mm256_loadu_ps(w + i), &at));
         if (index) {
             at = _mm256_sub_epi32(_mm256_setzero_si256(), at);
             _mm_storeu_si128((__m128i *)(index + i),
@@ -87,6 +102,44 @@ TARGET static int NAME(locate_tree)(const Search *s, const float *w, int n, uint
                                               _mm256_extracti128_si256(at, 1)));
         }
     }
+    return i;
+}
+
+/* The sums of nearest-2 for long rows of up to 16 values, two weights at a time.
+ *
+ * The indices of two neighbours make a number below 256. The pair of their distances is added to
+ * that number's pair of sums, so that one addition in memory serves two weights.
+ */
+TARGET static int NAME(measure_pairs)(const Search *s, const float *w, int n, Pairs *pairs,
+                                      double total[8]) {
+    const NAME(Tree) tree = NAME(tree_of)(s);
+    __m256d first = _mm256_loadu_pd(total), second = _mm256_loadu_pd(total + 4);
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(w + i);
+        __m256i at;
+        x = _mm256_sub_ps(x, NAME(descend)(&tree, x, &at));
+        at = _mm256_sub_epi32(_mm256_setzero_si256(), at);
+        at = _mm256_and_si256(_mm256_or_si256(at, _mm256_srli_epi64(at, 28)),
+                              _mm256_set1_epi64x(255));
+        uint64_t both[4];
+        _mm256_storeu_si256((__m256i *)both, at);
+        __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+        __m256d b = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+        first = _mm256_add_pd(first, _mm256_mul_pd(a, a));
+        second = _mm256_add_pd(second, _mm256_mul_pd(b, b));
+        double *to = pairs->sums[0][both[0]];
+        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_castpd256_pd128(a)));
+        to = pairs->sums[1][both[1]];
+        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_extractf128_pd(a, 1)));
+        to = pairs->sums[2][both[2]];
+        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_castpd256_pd128(b)));
+        to = pairs->sums[3][both[3]];
+        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_extractf128_pd(b, 1)));
+        for (int l = 0; l < 4; l++) pairs->counts[l][both[l]]++;
+    }
+    _mm256_storeu_pd(total, first);
+    _mm256_storeu_pd(total + 4, second);
     return i;
 }
 #endif
@@ -122,17 +175,16 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
     } else if (s->cells) {
         int32_t cell[BLOCK];
         NAME(cells)(s, w, n, cell);
-        if (s->most == 1)
-            for (int i = 0; i < n; i++) {
-                uint32_t below = s->below[cell[i]];
-                index[i] = (uint16_t)(below + (w[i] > s->boundaries[below]));
-            }
-        else
-            for (int i = 0; i < n; i++) {
-                uint32_t below = s->below[cell[i]];
-                for (int c = 0; c < s->most; c++) below += w[i] > s->boundaries[below];
-                index[i] = (uint16_t)below;
-            }
+        /* Held apart from `s`, which the stores below might change for all a compiler knows. */
+        const uint16_t *restrict table = s->below;
+        const float *restrict bounds = s->boundaries;
+        const int most = s->most;
+        for (int i = 0; i < n; i++) {
+            uint32_t below = table[cell[i]];
+            below += w[i] > bounds[below];
+            for (int c = 1; c < most; c++) below += w[i] > bounds[below];
+            index[i] = (uint16_t)below;
+        }
     } else {
         for (int i = 0; i < n; i++) {
             const float *base = s->boundaries;
@@ -141,7 +193,8 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
             index[i] = (uint16_t)(base - s->boundaries + (left && *base < w[i]));
         }
     }
-    for (int i = start; i < n; i++) near[i] = s->codebook[index[i]];
+    const float *restrict codebook = s->codebook;
+    for (int i = start; i < n; i++) near[i] = codebook[index[i]];
 }
 
 /* ---- sums ------------------------------------------------------------------------------- */
@@ -153,7 +206,7 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
 TARGET static void NAME(scatter)(const float *values, const uint16_t *index, int n, int square,
                                  int lanes, Pair *sums) {
     int i = 0;
-    if (lanes == 8 && !square)
+    if (!square)
         for (; i + 8 <= n; i += 8) {
 #if SIMD
             const __m256d one = _mm256_set1_pd(1.0);
@@ -162,7 +215,7 @@ TARGET static void NAME(scatter)(const float *values, const uint16_t *index, int
                 __m256d even = _mm256_unpacklo_pd(x, one), odd = _mm256_unpackhi_pd(x, one);
                 const uint16_t *at = index + i + half;
                 double *to[4];
-                for (int l = 0; l < 4; l++) to[l] = &sums[8 * at[l] + half + l].sum;
+                for (int l = 0; l < 4; l++) to[l] = &sums[lanes * at[l] + ((half + l) & (lanes - 1))].sum;
                 _mm_storeu_pd(to[0], _mm_add_pd(_mm_loadu_pd(to[0]), _mm256_castpd256_pd128(even)));
                 _mm_storeu_pd(to[1], _mm_add_pd(_mm_loadu_pd(to[1]), _mm256_castpd256_pd128(odd)));
                 _mm_storeu_pd(to[2],
@@ -172,7 +225,7 @@ TARGET static void NAME(scatter)(const float *values, const uint16_t *index, int
             }
 #else
             for (int l = 0; l < 8; l++) {
-                Pair *to = sums + 8 * index[i + l] + l;
+                Pair *to = sums + lanes * index[i + l] + (l & (lanes - 1));
                 to->sum += (double)values[i + l];
                 to->count += 1;
             }
@@ -213,6 +266,20 @@ TARGET static void NAME(distances)(const float *w, float *near, int n, int power
     }
 }
 
+/* The rest of `measure_pairs`, or all of it: the same sums by way of `index` and `near`. */
+TARGET static void NAME(add_pairs)(const float *near, const uint16_t *index, int n,
+                                   Pairs *pairs) {
+    for (int i = 0; i < n; i += 2) {
+        int lane = i / 2 % 4, last = i + 1 == n;
+        int both = index[i] | (last ? 0 : index[i + 1] << 4);
+        double *to = pairs->sums[lane][both];
+        to[0] += (double)near[i];
+        to[1] += last ? 0.0 : (double)near[i + 1];
+        pairs->counts[lane][both]++;
+        pairs->single += last;
+    }
+}
+
 /* ---- what is done with a block ---------------------------------------------------------- */
 
 TARGET static void NAME(pull)(const float *w, const float *near, int n, int power, float scale,
@@ -248,24 +315,30 @@ TARGET static void NAME(assign)(const uint16_t *index, int n, int64_t at, const 
         for (int i = 0; i < n; i++) ((int32_t *)job->out)[at + i] = index[i];
 }
 
-/* Run one operation over the weights `at` … `end` of one row; sums may be NULL. */
+/* Run one operation over the weights `at` … `end` of one row, into `sums`. */
 TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int64_t at,
-                             int64_t end, int lanes, Pair *sums, double total[8]) {
+                             int64_t end, Sums *sums, double total[8]) {
     float weights[BLOCK], others[BLOCK], near[BLOCK];
     uint16_t index[BLOCK];
     int indexed = operation == MEASURE || operation == SUMS || operation == ASSIGN;
     for (int n; at < end; at += n) {
         n = end - at < BLOCK ? (int)(end - at) : BLOCK;
         const float *w = NAME(load)(job->weight, job->type, at, n, weights);
-        NAME(locate)(s, w, n, indexed ? index : NULL, near);
+        int done = 0;
+#if SIMD
+        if (sums->pairs) done = NAME(measure_pairs)(s, w, n, sums->pairs, total);
+        w += done;
+#endif
+        NAME(locate)(s, w, n - done, indexed ? index : NULL, near);
         switch (operation) {
         case MEASURE:
-            NAME(distances)(w, near, n, job->power, total);
-            NAME(scatter)(near, index, n, 0, lanes, sums);
+            NAME(distances)(w, near, n - done, job->power, total);
+            if (sums->pairs) NAME(add_pairs)(near, index, n - done, sums->pairs);
+            else NAME(scatter)(near, index, n, 0, sums->lanes, sums->single);
             break;
         case SUMS:
             NAME(scatter)(NAME(load)(job->out, job->out_type, at, n, others), index, n,
-                          job->power == 2, lanes, sums);
+                          job->power == 2, sums->lanes, sums->single);
             break;
         case PULL:
             if (job->out_type == FLOAT32) {
