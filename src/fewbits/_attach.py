@@ -141,7 +141,7 @@ class Attached:
         return Pieces(weight, codebook, self.std(), usage, own, step, measured)
 
     def measure(self, regularizer: Regularizer) -> None:
-        """In place: take the penalty's sums and the standard deviation in one pass over the weights.
+        """In place: take the penalty's sums and the standard deviation in one pass.
 
         They are kept until the weight is written to or the codebook changes. Nothing is done where
         the regularizer needs the standard deviation first, or has no such pass.

@@ -23,6 +23,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3,
 _WEIGHTS = frozenset([torch.float32, torch.bfloat16, torch.float16])
 _JOB = struct.Struct("@7P7qd")
 
+MOST_VALUES = 1 << 16  # an index takes 16 bits
+
 # Weights in a part, and most parts of a weight: enough for 64 threads, while the parts' sums stay
 # small beside the weight.
 PART, MOST_PARTS = 1 << 16, 64
@@ -65,11 +67,15 @@ def _run(operation: int, jobs: bytes, parts: int, weights: int) -> None:
         other.result()
 
 
-def _fits(weight: Tensor, *others: Tensor) -> bool:
+def _fits(k: int, weight: Tensor, *others: Tensor) -> bool:
     """Whether the compiled kernels can take a weight and what is shaped like it."""
-    return weight.numel() > 0 and all(
-        t.dtype in _WEIGHTS and t.device.type == "cpu" and t.is_contiguous() and not t.is_neg()
-        for t in (weight, *others)
+    return (
+        weight.numel() > 0
+        and k <= MOST_VALUES
+        and all(
+            t.dtype in _WEIGHTS and t.device.type == "cpu" and t.is_contiguous() and not t.is_neg()
+            for t in (weight, *others)
+        )
     )
 
 
@@ -144,9 +150,9 @@ def _do(operation: int, *jobs: _Job) -> None:
 
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.assign`."""
-    if not _fits(weight):
-        return _eager.assign(weight, boundaries)
     k = boundaries.shape[1] + 1
+    if not _fits(k, weight):
+        return _eager.assign(weight, boundaries)
     indices = torch.empty(weight.shape, dtype=_eager.index_dtype(k))
     _do(ASSIGN, _Job(weight, k, boundaries=boundaries, out=indices))
     return indices
@@ -154,7 +160,7 @@ def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
 
 def snap(weight: Tensor, codebook: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.snap`."""
-    if not _fits(weight):
+    if not _fits(codebook.shape[1], weight):
         return _eager.snap(weight, codebook, boundaries)
     snapped = torch.empty_like(weight)
     values = codebook.to(weight.dtype).float()
@@ -166,9 +172,9 @@ def cluster_sums(
     values: Tensor, weight: Tensor, boundaries: Tensor, power: int = 1
 ) -> tuple[Tensor, Tensor]:
     """See `_eager.cluster_sums`."""
-    if not _fits(weight, values):
-        return _eager.cluster_sums(values, weight, boundaries, power)
     k = boundaries.shape[1] + 1
+    if not _fits(k, weight, values):
+        return _eager.cluster_sums(values, weight, boundaries, power)
     job = _Job(weight, k, boundaries=boundaries, out=values, power=power, summed=True)
     _do(SUMS, job)
     return job.sums()
@@ -178,7 +184,7 @@ def measure(
     weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int
 ) -> _eager.Measures:
     """See `_eager.measure`."""
-    if not _fits(weight) or codebook.dtype != torch.float32:
+    if not _fits(codebook.shape[1], weight) or codebook.dtype != torch.float32:
         return _eager.measure(weight, codebook, boundaries, power)
     job = _Job(
         weight,
@@ -201,7 +207,7 @@ def pull(
     factor: float,
 ) -> None:
     """See `_eager.pull`."""
-    if not _fits(weight, out) or codebook.dtype != torch.float32:
+    if not _fits(codebook.shape[1], weight, out) or codebook.dtype != torch.float32:
         _eager.pull(out, weight, codebook, boundaries, power, factor)
         return
     job = _Job(
@@ -220,7 +226,7 @@ def move(
     weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int, amount: float
 ) -> None:
     """See `_eager.move`."""
-    if not _fits(weight) or codebook.dtype != torch.float32:
+    if not _fits(codebook.shape[1], weight) or codebook.dtype != torch.float32:
         _eager.move(weight, codebook, boundaries, power, amount)
         return
     job = _Job(
@@ -237,7 +243,7 @@ def move(
 
 def std(weight: Tensor) -> Tensor:
     """See `_eager.std`."""
-    if not _fits(weight):
+    if not _fits(1, weight):
         return _eager.std(weight)
     job = _Job(weight.view(1, -1), 1)
     _do(MOMENTS, job)

@@ -370,10 +370,7 @@ def std(weight: Tensor) -> Tensor:
         0-d float32, float64 for float64 weights; 0 where all are equal, NaN or infinite where a
         weight is.
     """
-    dtype = compute_dtype(weight)
-    if weight.dtype == dtype:
-        return weight.std(correction=0)
-    # Shifted by one of the weights, so that equal weights give exactly 0.
+    # Shifted by one of the weights, so that equal weights give exactly 0, as torch.std does not.
     first = weight[0, 0].double()
     total, squares = torch.zeros_like(first), torch.zeros_like(first)
     for rows, columns in pieces(*weight.shape):
@@ -381,4 +378,4 @@ def std(weight: Tensor) -> Tensor:
         total += shifted.sum()
         squares += shifted.square().sum()
     size = weight.numel()
-    return (squares / size - (total / size).square()).clamp(min=0).sqrt().to(dtype)
+    return (squares / size - (total / size).square()).clamp(min=0).sqrt().to(compute_dtype(weight))
