@@ -94,10 +94,21 @@ def test_more_values_than_an_index_can_name_still_find_theirs(backend):
 @every_backend
 def test_a_codebook_with_one_far_outlier_falls_back_to_bisection(backend):
     codebook = torch.cat([torch.linspace(0, 1e-3, 40), torch.tensor([1e6])])[None]
-    weight = torch.rand(1, 10_000) * 2e-3
+    weight = torch.rand(1, 100_000) * 2e-3  # enough for every grid that is tried
     with using(backend) as some:
         found = some.assign(weight, kernels.midpoints(codebook))
     assert torch.equal(found.long(), brute.nearest(weight, codebook))
+
+
+@every_backend
+@pytest.mark.parametrize("k", [5, 40])
+def test_boundaries_at_infinity_belong_to_representatives_that_win_nowhere(backend, k):
+    boundaries = torch.linspace(-1, 1, k - 1)[None]
+    boundaries[:, 0], boundaries[:, -2:] = -torch.inf, torch.inf
+    weight = torch.randn(1, 100_000)
+    with using(backend) as some:
+        found = some.assign(weight, boundaries)
+    assert torch.equal(found.long(), (weight[:, :, None] > boundaries[:, None, :]).sum(2))
 
 
 @every_backend

@@ -6,6 +6,7 @@ compiler. `FEWBITS_NO_NATIVE=1` chooses `_eager` throughout.
 """
 
 import os
+from types import ModuleType
 
 from . import _eager
 from ._eager import PIECE as PIECE
@@ -35,3 +36,8 @@ move = _made.move
 pull = _made.pull
 snap = _made.snap
 std = _made.std
+
+
+def kernels() -> dict[str, ModuleType]:
+    """Return the implementations there are here, by name, for measuring one against the other."""
+    return ({} if _cpu is None else {"compiled": _cpu}) | {"plain torch": _eager}

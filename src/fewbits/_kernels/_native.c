@@ -166,11 +166,13 @@ static void plant(Search *s) {
     }
 }
 
+static int64_t most_cells(int64_t k) { return 64 * k < MOST_CELLS ? 64 * k : MOST_CELLS; }
+
 /* Lay an even grid over the boundaries, fine enough that a cell holds one of them, or a few. */
 static void lay_grid(Search *s, int64_t members) {
     int64_t count = s->k - 1;
     int32_t cell[BLOCK];
-    for (int64_t cells = 4 * s->k; cells <= MOST_CELLS && 4 * cells <= members; cells *= 4) {
+    for (int64_t cells = 4 * s->k; cells <= most_cells(s->k) && 4 * cells <= members; cells *= 4) {
         s->low = s->boundaries[0];
         s->per_unit = (float)(cells - 2) / (s->boundaries[count - 1] - s->low);
         if (!isfinite(s->per_unit)) break;
@@ -187,7 +189,7 @@ static void lay_grid(Search *s, int64_t members) {
             }
         }
         for (; next < cells; next++) s->below[next] = (uint16_t)count;
-        if (s->most == 1 || (s->most <= 4 && cells >= 64 * s->k)) return;
+        if (s->most == 1 || (s->most <= 4 && 4 * cells > most_cells(s->k))) return;
     }
     s->cells = 0;
 }
@@ -303,9 +305,8 @@ static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t f
             free(s.boundaries);
             free(s.below);
             free(sums.single);
-            int64_t cells = 64 * job->k < MOST_CELLS ? 64 * job->k : MOST_CELLS;
             s.boundaries = malloc(job->k * sizeof(float));
-            s.below = malloc(cells * sizeof(uint16_t));
+            s.below = malloc(most_cells(job->k) * sizeof(uint16_t));
             sums.single = malloc(8 * job->k * sizeof(Pair));
             if (!s.boundaries || !s.below || !sums.single) {
                 ok = 0;
