@@ -59,6 +59,7 @@ class Attached:
             install(module, attribute, switch)
         self.unmoved = self.collapse_reported = False
         self._std: tuple[tuple[int, int], Tensor] | None = None
+        self._sorted: tuple[Tensor, Tensor, Tensor] | None = None
         self._measured: tuple[tuple[int, int], Tensor, Measures] | None = None
         self.look()
         self.reset_usage()
@@ -104,9 +105,13 @@ class Attached:
 
         At least float32, though `model.half()` makes the parameter itself narrower.
         """
-        codebook = self.codebook.detach()
-        codebook = codebook.to(compute_dtype(codebook))
-        return (codebook if codebook.dim() == 2 else codebook[None]).sort(dim=1)
+        now = self.codebook.detach()
+        if self._sorted is None or not _same(self._sorted[0], now):
+            wide = now.to(compute_dtype(now))
+            ordered = (wide if wide.dim() == 2 else wide[None]).sort(dim=1)
+            # Kept with what it was sorted from: a codebook may be written to through `.data`.
+            self._sorted = (now.clone(), ordered.values, ordered.indices)
+        return self._sorted[1], self._sorted[2]
 
     def write_codebook(self, ordered: Tensor, order: Tensor) -> None:
         """In place: write an ascending (G, K) codebook back into the parameter's own order."""
@@ -151,13 +156,12 @@ class Attached:
             return
         measures = measure(self.view(), codebook, None, power)
         self._measured = (self._version(), codebook, measures)
-        std = (measures[1] / max(self.weight.numel(), 1)).sqrt().to(compute_dtype(self.weight))
-        self._std = (self._version(), torch.where(std == 0, torch.ones_like(std), std))
+        self._std = (self._version(), _std_of(measures[1], self.weight))
 
     def _known_measures(self, codebook: Tensor) -> Measures | None:
         if self._measured is None or self._measured[0] != self._version():
             return None
-        return self._measured[2] if torch.equal(self._measured[1], codebook) else None
+        return self._measured[2] if self._measured[1] is codebook else None
 
     def _version(self) -> tuple[int, int]:
         weight = self.weight
@@ -238,3 +242,17 @@ class Attached:
             uninstall(module)
             for suffix in self.parameters:
                 module._parameters.pop(attribute + suffix, None)
+
+
+def _same(kept: Tensor, now: Tensor) -> bool:
+    return kept.device == now.device and kept.dtype == now.dtype and torch.equal(kept, now)
+
+
+def _std_of(spread: Tensor, weight: Tensor) -> Tensor:
+    """Return the standard deviation, 1 where it is 0, of weights with that squared spread."""
+    dtype = compute_dtype(weight)
+    if spread.device.type == "cpu":  # as plain numbers, which cost less than tensors of one
+        variance = float(spread) / max(weight.numel(), 1)
+        return torch.tensor(1.0 if variance == 0 else variance**0.5, dtype=dtype)
+    std = (spread / max(weight.numel(), 1)).sqrt().to(dtype)
+    return torch.where(std == 0, torch.ones_like(std), std)

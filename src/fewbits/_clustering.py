@@ -163,7 +163,8 @@ class Clustering:
         for layer in self._layers:
             if layer.start == self.steps:
                 self._start(layer)
-            self._project(layer)
+            if type(self.regularizer).project is not Regularizer.project:
+                self._project(layer)
             if self.steps % CARE_EVERY == 0 and self.steps > layer.start:
                 counts = look_after(layer, self.steps, revive=self.regularizer.revives)
                 if self.pull is None:

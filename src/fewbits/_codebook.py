@@ -25,6 +25,8 @@ def grouped(tensor: Tensor, groups: int, axis: int) -> Tensor:
     Returns:
         (G, N / G). The order within a row is unspecified but equal for equal strides.
     """
+    if tensor.is_contiguous() and (groups == 1 or axis == 0):
+        return tensor.view(groups, tensor.numel() // groups)
     if groups == 1:
         return tensor.permute(_memory_order(tensor)).reshape(1, -1)
     return tensor.movedim(axis, 0).reshape(groups, -1)
@@ -32,6 +34,8 @@ def grouped(tensor: Tensor, groups: int, axis: int) -> Tensor:
 
 def grouped_like(tensor: Tensor, weight: Tensor, groups: int, axis: int) -> Tensor:
     """View `tensor` as `grouped(weight)` orders its elements, whatever its own strides are."""
+    if weight.is_contiguous() and tensor.is_contiguous():
+        return grouped(tensor, groups, axis)
     if groups == 1:
         return tensor.permute(_memory_order(weight)).reshape(1, -1)
     return tensor.movedim(axis, 0).reshape(groups, -1)

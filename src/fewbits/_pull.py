@@ -151,6 +151,13 @@ class Pieces:
         return LayerState(codebook[rows], self.usage[rows], own, self.step)
 
 
+def _number(value: Tensor | float) -> Tensor | float:
+    """Return a 0-d tensor as a plain number, which is cheaper, where that waits for no device."""
+    if not isinstance(value, Tensor):
+        return value
+    return float(value) if value.device.type == "cpu" else value.double()
+
+
 def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return R, the members of each cluster, and the exact gradients of everything but weights.
 
@@ -168,7 +175,7 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
         total, _, counts, sums = layer.measured or measure(
             layer.weight, layer.codebook, boundaries, power
         )
-        scale = 1 / (size * layer.std.double() ** power)
+        scale = 1 / (size * _number(layer.std) ** power)
         return total * scale, counts, {"codebook": sums * (-power * scale)}
     k = layer.codebook.shape[1]
     free = {"codebook": layer.codebook / layer.std, **layer.parameters}
@@ -206,7 +213,7 @@ def add_weight_gradient(
     """
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
-        scale = power * factor / (size * layer.std.double() ** power)
+        scale = power * _number(factor) / (size * _number(layer.std) ** power)
         boundaries = layer.boundaries(regularizer)
         pull(out, layer.weight, layer.codebook, boundaries, power, float(scale))
         return

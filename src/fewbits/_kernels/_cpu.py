@@ -136,7 +136,8 @@ class _Job:
     def sums(self) -> tuple[Tensor, Tensor]:
         """Return the counts and sums, (G, K) each."""
         both = self.results[2 * self.parts :].view(2, self.rows, self.k)
-        return both[0, : self.groups], both[1, : self.groups]
+        counts, sums = (both if self.rows == self.groups else both[:, : self.groups]).unbind(0)
+        return counts, sums
 
 
 def _do(operation: int, *jobs: _Job) -> None:
