@@ -215,7 +215,8 @@ TARGET static void NAME(scatter)(const float *values, const uint16_t *index, int
                 __m256d even = _mm256_unpacklo_pd(x, one), odd = _mm256_unpackhi_pd(x, one);
                 const uint16_t *at = index + i + half;
                 double *to[4];
-                for (int l = 0; l < 4; l++) to[l] = &sums[lanes * at[l] + ((half + l) & (lanes - 1))].sum;
+                for (int l = 0; l < 4; l++)
+                    to[l] = &sums[lanes * at[l] + ((half + l) & (lanes - 1))].sum;
                 _mm_storeu_pd(to[0], _mm_add_pd(_mm_loadu_pd(to[0]), _mm256_castpd256_pd128(even)));
                 _mm_storeu_pd(to[1], _mm_add_pd(_mm_loadu_pd(to[1]), _mm256_castpd256_pd128(odd)));
                 _mm_storeu_pd(to[2],
