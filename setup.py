@@ -5,6 +5,7 @@ NumPy or PyTorch code does the work more slowly, with the same results.
 """
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -16,8 +17,8 @@ def extension(name: str, *sources: str) -> Extension:
     return Extension(
         name,
         [f"src/fewbits/{source}" for source in sources],
-        depends=["src/fewbits/_symbols/_native.h"],
         extra_compile_args=FLAGS,
+        depends=[str(header) for header in Path("src/fewbits").glob("*/*.h")],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
         optional=True,
@@ -25,6 +26,9 @@ def extension(name: str, *sources: str) -> Extension:
 
 
 setup(
-    ext_modules=[extension("fewbits._symbols._native", "_symbols/_native.c", "_symbols/_rans.c")],
+    ext_modules=[
+        extension("fewbits._kernels._native", "_kernels/_native.c"),
+        extension("fewbits._symbols._native", "_symbols/_native.c", "_symbols/_rans.c"),
+    ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -36,14 +36,16 @@ def test_kmeans_has_the_least_squared_error_there_is(weight, k):
         assert error(row[None], values[None]) <= least + 1e-12 * scale
 
 
-def test_binned_kmeans_is_within_a_ten_thousandth_of_exact():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled passes, plain ones
+def test_binned_kmeans_is_within_a_ten_thousandth_of_exact(dtype):
     # 4,096 weights are clustered exactly; 40,960 copies of them go through the histogram.
-    weight = torch.distributions.Laplace(0.0, 1.0).sample((1, 4096)).double()
+    weight = torch.distributions.Laplace(0.0, 1.0).sample((1, 4096)).to(dtype)
     for k in (2, 4, 16, 64):
         exact = error(weight, initial_codebook(weight, k, "kmeans"))
         many = weight.repeat(1, 10)
         binned = error(many, initial_codebook(many, k, "kmeans")) / 10
-        assert exact * (1 - 1e-9) <= binned <= exact * 1.0001, k
+        # 1e-6: rounding of float32 codebooks
+        assert exact * (1 - 1e-6) <= binned <= exact * 1.0001, k
 
 
 @pytest.mark.parametrize("init", ["kmeans", "quantile", "uniform"])

@@ -217,6 +217,25 @@ def test_a_penalty_without_even_rate_is_the_mean_of_the_formula():
     assert float(clustering.loss().detach()) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("regularizer", [Nearest(1), Nearest(2), RateAware(0.1)], ids=repr)
+@pytest.mark.parametrize("change", ["weight", "codebook"])
+def test_the_penalty_is_that_of_weights_and_codebook_as_they_are_now(regularizer, change):
+    # step() takes the sums of the next penalty ahead; what changes after it must not be missed.
+    models = [two_layers(), two_layers()]
+    stepped, fresh = (
+        fewbits.Clustering(model, k=3, regularizer=regularizer, snapped_forward=False)
+        for model in models
+    )
+    stepped.step()
+    for model in models:
+        if change == "weight":
+            with torch.no_grad():
+                parameter(model, "0.weight").mul_(3)
+        else:
+            parameter(model, "0.weight_codebook").data.add_(0.05)
+    assert torch.equal(stepped.loss(), fresh.loss())
+
+
 def penalties(clustering, steps):
     values = []
     for _ in range(steps):

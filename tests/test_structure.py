@@ -89,6 +89,15 @@ def test_import_loads_nothing_heavy():
     assert ours - torchs <= {"fewbits", "numpy"}
 
 
+def test_import_loads_what_clustering_needs_and_no_more():
+    # What `import fewbits` adds to torch's own time is what it loads beside it.
+    loaded = "print(*sys.modules)"
+    ours, torchs = fresh(f"import sys, fewbits; {loaded}"), fresh(f"import sys, torch; {loaded}")
+    assert not [name for name in ours - torchs if name.startswith("torch.")]
+    late = ("fewbits.lab", "fewbits.report", "fewbits._cli", "fewbits._bars")
+    assert not [name for name in ours if name.startswith(late)]
+
+
 def callables():
     for name in fewbits.__all__:
         thing = getattr(fewbits, name)

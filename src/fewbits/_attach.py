@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ._codebook import boundaries_of, grouped, grouped_like, shares_memory, std_of, ungrouped
 from ._errors import PlanError
-from ._kernels import compute_dtype, snap
+from ._kernels import Measures, compute_dtype, measure, snap
 from ._plan import CODEBOOK_SUFFIX, PlannedWeight
 from ._pull import Pieces
 from ._snapped import Switch, install, uninstall
@@ -59,6 +59,8 @@ class Attached:
             install(module, attribute, switch)
         self.unmoved = self.collapse_reported = False
         self._std: tuple[tuple[int, int], Tensor] | None = None
+        self._sorted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._measured: tuple[tuple[int, int], Tensor, Measures] | None = None
         self.look()
         self.reset_usage()
 
@@ -103,9 +105,13 @@ class Attached:
 
         At least float32, though `model.half()` makes the parameter itself narrower.
         """
-        codebook = self.codebook.detach()
-        codebook = codebook.to(compute_dtype(codebook))
-        return (codebook if codebook.dim() == 2 else codebook[None]).sort(dim=1)
+        now = self.codebook.detach()
+        if self._sorted is None or not _same(self._sorted[0], now):
+            wide = now.to(compute_dtype(now))
+            ordered = (wide if wide.dim() == 2 else wide[None]).sort(dim=1)
+            # Kept with what it was sorted from: a codebook may be written to through `.data`.
+            self._sorted = (now.clone(), ordered.values, ordered.indices)
+        return self._sorted[1], self._sorted[2]
 
     def write_codebook(self, ordered: Tensor, order: Tensor) -> None:
         """In place: write an ascending (G, K) codebook back into the parameter's own order."""
@@ -136,23 +142,45 @@ class Attached:
             n: p.detach().view_as(order).gather(1, order) for n, p in zip(names, extra, strict=True)
         }
         usage = self.usage.to(codebook.device)
-        return Pieces(weight, codebook, self.std(), usage, own, step)
+        measured = self._known_measures(codebook)
+        return Pieces(weight, codebook, self.std(), usage, own, step, measured)
+
+    def measure(self, regularizer: Regularizer) -> None:
+        """In place: take the penalty's sums and the standard deviation in one pass.
+
+        They are kept until the weight is written to or the codebook changes. Nothing is done where
+        the regularizer needs the standard deviation first, or has no such pass.
+        """
+        power, (codebook, _) = regularizer.power, self.rows()
+        if not power or regularizer.cost(self.usage) is not None or self._known_measures(codebook):
+            return
+        measures = measure(self.view(), codebook, None, power)
+        self._measured = (self._version(), codebook, measures)
+        self._std = (self._version(), _std_of(measures[1], self.weight))
+
+    def _known_measures(self, codebook: Tensor) -> Measures | None:
+        if self._measured is None or self._measured[0] != self._version():
+            return None
+        return self._measured[2] if self._measured[1] is codebook else None
+
+    def _version(self) -> tuple[int, int]:
+        weight = self.weight
+        return weight._version, weight.data_ptr()
 
     def std(self) -> Tensor:
         """Return the standard deviation of the weights, 0-d; 1 where all are equal.
 
         NaN or infinite where a weight is. Kept until the weight is written to.
         """
-        weight = self.weight.detach()
-        key = (self.weight._version, weight.data_ptr())
+        key = self._version()
         if self._std is None or self._std[0] != key:
-            std = std_of(weight)
+            std = std_of(self.weight.detach())
             self._std = (key, torch.where(std == 0, torch.ones_like(std), std))
         return self._std[1]
 
-    def forget_std(self) -> None:
-        """In place: measure the standard deviation anew, for weights written through `.data`."""
-        self._std = None
+    def forget(self) -> None:
+        """In place: measure anew, for weights that were written through `.data`."""
+        self._std = self._measured = None
 
     def update_cost(self, regularizer: Regularizer) -> None:
         """In place: make the snapped read assign as the regularizer does, from now on."""
@@ -214,3 +242,17 @@ class Attached:
             uninstall(module)
             for suffix in self.parameters:
                 module._parameters.pop(attribute + suffix, None)
+
+
+def _same(kept: Tensor, now: Tensor) -> bool:
+    return kept.device == now.device and kept.dtype == now.dtype and torch.equal(kept, now)
+
+
+def _std_of(spread: Tensor, weight: Tensor) -> Tensor:
+    """Return the standard deviation, 1 where it is 0, of weights with that squared spread."""
+    dtype = compute_dtype(weight)
+    if spread.device.type == "cpu":  # as plain numbers, which cost less than tensors of one
+        variance = float(spread) / max(weight.numel(), 1)
+        return torch.tensor(1.0 if variance == 0 else variance**0.5, dtype=dtype)
+    std = (spread / max(weight.numel(), 1)).sqrt().to(dtype)
+    return torch.where(std == 0, torch.ones_like(std), std)

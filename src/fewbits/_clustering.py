@@ -147,7 +147,10 @@ class Clustering:
         """
         self._check_active("step")
         for layer in self._layers:
-            layer.forget_std()
+            layer.forget()
+            if isinstance(self.pull, Penalty) and layer.strength(self.steps + 1):
+                # The pass that the next loss needs also tells whether the weights are finite.
+                layer.measure(self.regularizer)
         penalties, self._last_penalties = self._last_penalties, []
         check_numbers(self._layers, penalties, self.steps)
         for layer, counts in self._last_counts:
@@ -160,7 +163,8 @@ class Clustering:
         for layer in self._layers:
             if layer.start == self.steps:
                 self._start(layer)
-            self._project(layer)
+            if type(self.regularizer).project is not Regularizer.project:
+                self._project(layer)
             if self.steps % CARE_EVERY == 0 and self.steps > layer.start:
                 counts = look_after(layer, self.steps, revive=self.regularizer.revives)
                 if self.pull is None:
@@ -298,10 +302,9 @@ class Clustering:
         amount = layer.strength(self.steps)
         if amount <= 0:
             return
-        weight = layer.weight.detach()
-        view = layer.view()
-        proximal_step(self.regularizer, layer.pieces(self.steps), amount, view)
-        layer.write_view(weight, view)
+        pieces = layer.pieces(self.steps)
+        proximal_step(self.regularizer, pieces, amount)
+        layer.write_view(layer.weight.detach(), pieces.weight)
         codebook, order = layer.rows()
         counts, sums = cluster_sums(layer.view(), layer.view(), layer.boundaries())
         layer.note_usage(counts, USAGE_MOMENTUM)

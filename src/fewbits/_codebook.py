@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._errors import CodebookError
-from ._kernels import PIECE, accumulate, compute_dtype, gather, midpoints, snap
+from ._kernels import accumulate, compute_dtype, gather, midpoints, snap, std
 from ._kmeans import kmeans
 
 Init = Literal["kmeans", "quantile", "uniform"]
@@ -25,6 +25,8 @@ def grouped(tensor: Tensor, groups: int, axis: int) -> Tensor:
     Returns:
         (G, N / G). The order within a row is unspecified but equal for equal strides.
     """
+    if tensor.is_contiguous() and (groups == 1 or axis == 0):
+        return tensor.view(groups, tensor.numel() // groups)
     if groups == 1:
         return tensor.permute(_memory_order(tensor)).reshape(1, -1)
     return tensor.movedim(axis, 0).reshape(groups, -1)
@@ -32,6 +34,8 @@ def grouped(tensor: Tensor, groups: int, axis: int) -> Tensor:
 
 def grouped_like(tensor: Tensor, weight: Tensor, groups: int, axis: int) -> Tensor:
     """View `tensor` as `grouped(weight)` orders its elements, whatever its own strides are."""
+    if weight.is_contiguous() and tensor.is_contiguous():
+        return grouped(tensor, groups, axis)
     if groups == 1:
         return tensor.permute(_memory_order(weight)).reshape(1, -1)
     return tensor.movedim(axis, 0).reshape(groups, -1)
@@ -77,21 +81,9 @@ def std_of(weight: Tensor) -> Tensor:
         0-d float32, float64 for float64 weights; 0 where all are equal, NaN or infinite where a
         weight is.
     """
-    dtype = compute_dtype(weight)
     if weight.numel() < 2:
-        return (weight.to(dtype).sum() * 0).detach()
-    if weight.dtype == dtype:
-        return weight.std(correction=0)
-    flat = grouped(weight, 1, 0)[0]
-    # Shifted by one of the weights, so that equal weights give exactly 0.
-    first = flat[0].double()
-    total, squares = torch.zeros_like(first), torch.zeros_like(first)
-    for part in flat.split(PIECE):
-        shifted = part.double() - first
-        total += shifted.sum()
-        squares += shifted.square().sum()
-    size = flat.numel()
-    return (squares / size - (total / size).square()).clamp(min=0).sqrt().to(dtype)
+        return (weight.to(compute_dtype(weight)).sum() * 0).detach()
+    return std(grouped(weight.detach(), 1, 0))
 
 
 def initial_codebook(weight: Tensor, k: int, init: Init) -> Tensor:

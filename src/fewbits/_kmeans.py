@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._kernels import accumulate, assign, midpoints
+from ._kernels import cluster_sums, midpoints
 
 # Cells of the histogram that stands for a large weight: at 4,096 and K = 16 the distortion is
 # within 0.01% of exact (tests/test_codebook.py measures it); the table below is K x cells.
@@ -65,8 +65,7 @@ def _companded(weight: Tensor, k: int) -> Tensor:
 def _refine(weight: Tensor, codebook: Tensor) -> Tensor:
     """Run Lloyd's iterations on all weights; never worse than the start."""
     for _ in range(REFINEMENTS):
-        indices = assign(weight, midpoints(codebook))
-        counts, sums = accumulate(weight, indices, codebook.shape[1])
+        counts, sums = cluster_sums(weight, weight, midpoints(codebook))
         codebook = torch.where(counts > 0, sums / counts.clamp(min=1), codebook).sort(dim=1).values
     return codebook
 
@@ -81,9 +80,8 @@ def _histogram(weight: Tensor, cells: int) -> tuple[np.ndarray, np.ndarray, np.n
     high = weight.amax(1, keepdim=True).double()
     inner = torch.linspace(0, 1, cells + 1, dtype=torch.float64, device=weight.device)[1:-1]
     edges = low + (high - low) * inner
-    indices = assign(weight, edges)
-    counts, sums = accumulate(weight, indices, cells)
-    _, squares = accumulate(weight.double().square(), indices, cells)
+    counts, sums = cluster_sums(weight, weight, edges)
+    _, squares = cluster_sums(weight, weight, edges, power=2)
     return counts.cpu().numpy(), sums.cpu().numpy(), squares.cpu().numpy()
 
 

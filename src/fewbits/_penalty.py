@@ -143,6 +143,7 @@ class Terms:
             if pull is None or not strength:
                 self.rows.append((hook, None, 0.0, [torch.zeros_like(p) for p in own]))
                 continue
+            attached.measure(hook.regularizer)
             layer = attached.pieces(step)
             value, counts, gradients = evaluate(hook.regularizer, layer)
             gradients["codebook"] = reduce_codebook_gradient(

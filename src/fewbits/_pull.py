@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ._codebook import boundaries_of
 from ._errors import PlanError
-from ._kernels import PIECE, assign_pieces, compute_dtype, count, gather
+from ._kernels import (
+    PIECE,
+    Measures,
+    assign_pieces,
+    compute_dtype,
+    count,
+    gather,
+    measure,
+    midpoints,
+    move,
+    pull,
+)
 from .regularizers import LayerState, Regularizer
 from .schedules import Schedule, as_schedule
 
@@ -108,6 +119,7 @@ class Pieces:
         usage: (G, K) running share.
         parameters: the regularizer's own tensors, (G, K) each, in codebook order.
         step: steps taken.
+        measured: what `measure` gives for these weights and this codebook, if that is known.
     """
 
     weight: Tensor
@@ -116,13 +128,19 @@ class Pieces:
     usage: Tensor
     parameters: Mapping[str, Tensor]
     step: int
+    measured: Measures | None = None
+
+    def boundaries(self, regularizer: Regularizer) -> Tensor | None:
+        """Return where assignment changes, (G, K - 1) ascending; None for the midpoints."""
+        cost = regularizer.cost(self.usage)
+        return None if cost is None else boundaries_of(self.codebook, cost * self.std**2)
 
     def walk(self, regularizer: Regularizer) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yield rows, columns, the normalised weights and their indices, piece by piece."""
         k = self.codebook.shape[1]
         size = max(1, COMPARED // k) if regularizer.compares_all else PIECE
-        cost = regularizer.cost(self.usage)
-        boundaries = boundaries_of(self.codebook, None if cost is None else cost * self.std**2)
+        boundaries = self.boundaries(regularizer)
+        boundaries = midpoints(self.codebook) if boundaries is None else boundaries
         dtype = compute_dtype(self.weight)
         for rows, columns, indices in assign_pieces(self.weight, boundaries, size):
             yield rows, columns, self.weight[rows, columns].to(dtype) / self.std, indices
@@ -131,6 +149,13 @@ class Pieces:
         """Return what the penalty sees of rows `rows`."""
         own = {name: value[rows] for name, value in parameters.items()}
         return LayerState(codebook[rows], self.usage[rows], own, self.step)
+
+
+def _number(value: Tensor | float) -> Tensor | float:
+    """Return a 0-d tensor as a plain number, which is cheaper, where that waits for no device."""
+    if not isinstance(value, Tensor):
+        return value
+    return float(value) if value.device.type == "cpu" else value.double()
 
 
 def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -144,6 +169,14 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
         the value, 0-d float64; counts, (G, K) float64; gradients by name, "codebook" and the
         regularizer's own, each (G, K) float64.
     """
+    size = max(layer.weight.numel(), 1)
+    if power := regularizer.power:
+        boundaries = layer.boundaries(regularizer)
+        total, _, counts, sums = layer.measured or measure(
+            layer.weight, layer.codebook, boundaries, power
+        )
+        scale = 1 / (size * _number(layer.std) ** power)
+        return total * scale, counts, {"codebook": sums * (-power * scale)}
     k = layer.codebook.shape[1]
     free = {"codebook": layer.codebook / layer.std, **layer.parameters}
     value = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
@@ -162,7 +195,6 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
             if gradient is not None:
                 sums[name][rows] += gradient
         counts[rows] += count(indices, k)
-    size = max(layer.weight.numel(), 1)
     gradients = {name: total / size for name, total in sums.items()}
     gradients["codebook"] = gradients["codebook"] / layer.std
     return value / size, counts, gradients
@@ -179,8 +211,14 @@ def add_weight_gradient(
         factor: what R is multiplied by in the loss.
         out: (G, n), ordered as the weights.
     """
+    size = max(layer.weight.numel(), 1)
+    if power := regularizer.power:
+        scale = power * _number(factor) / (size * _number(layer.std) ** power)
+        boundaries = layer.boundaries(regularizer)
+        pull(out, layer.weight, layer.codebook, boundaries, power, float(scale))
+        return
     codebook = layer.codebook / layer.std
-    scale = factor / (layer.std * max(layer.weight.numel(), 1))
+    scale = factor / (layer.std * size)
     for rows, columns, part, indices in layer.walk(regularizer):
         with torch.enable_grad():
             part = part.detach().requires_grad_()
@@ -191,15 +229,19 @@ def add_weight_gradient(
         out[rows, columns] += gradient * scale
 
 
-def proximal_step(regularizer: Regularizer, layer: Pieces, amount: float, out: Tensor) -> None:
-    """In place: write the weights after one decoupled pull into `out`.
+def proximal_step(regularizer: Regularizer, layer: Pieces, amount: float) -> None:
+    """In place: give `layer.weight` one decoupled pull.
 
     Args:
         regularizer: the formula.
         layer: the weights.
         amount: strength of the pull; see `Proximal`.
-        out: (G, n), the weights themselves or a copy of them.
     """
+    out = layer.weight
+    if power := regularizer.power:
+        way = amount / (1 + amount) if power == 2 else amount * float(layer.std)
+        move(out, layer.codebook, layer.boundaries(regularizer), power, way)
+        return
     codebook = layer.codebook / layer.std
     for rows, columns, part, indices in layer.walk(regularizer):
         nearest = gather(codebook, indices, rows.start)

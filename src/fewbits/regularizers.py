@@ -68,6 +68,14 @@ class Regularizer(ABC):
             (g, n).
         """
 
+    @property
+    def power(self) -> int | None:
+        """1 or 2 where `penalty` is |weight - nearest| to that power, and `proximal` exact.
+
+        Both are then computed in compiled passes over the weights instead of by autograd.
+        """
+        return None
+
     def cost(self, usage: Tensor) -> Tensor | None:
         """Return what assigning to each representative costs besides the squared distance.
 
@@ -133,6 +141,11 @@ class Nearest(Regularizer):
         """Refuse other powers."""
         if self.p not in (1, 2):
             raise PlanError(f"Nearest: p is {self.p!r}. Use 1 or 2.")
+
+    @property
+    def power(self) -> int | None:
+        """The power p; none in a subclass, which may compute something else."""
+        return self.p if type(self) is Nearest else None
 
     def penalty(self, weight: Tensor, nearest: Tensor, layer: LayerState) -> Tensor:
         """Return |w - c|^p for each weight, (g, n)."""
@@ -236,6 +249,11 @@ class RateAware(Regularizer):
         """Refuse a negative or infinite rate."""
         if not (math.isfinite(self.rate) and self.rate >= 0):
             raise PlanError(f"RateAware: rate is {self.rate!r}. Give a finite number, 0 or more.")
+
+    @property
+    def power(self) -> int | None:
+        """2; none in a subclass, which may compute something else."""
+        return 2 if type(self) is RateAware else None
 
     def penalty(self, weight: Tensor, nearest: Tensor, layer: LayerState) -> Tensor:
         """Return the squared distance to the assigned representative, (g, n)."""

@@ -231,3 +231,22 @@ def test_help_names_every_method_and_regularizer(tmp_path):
     text = fewbits(tmp_path, "compare", "--help").stdout
     for name in (*METHODS, *REGULARIZERS):
         assert name in text
+
+
+def test_bench_measures_every_variant_and_size(tmp_path):
+    sizes = ["--batch", "2", "--weights", "3000", "--pairs", "2", "--k", "2,17"]
+    result = fewbits(tmp_path, "bench", "--model", "convnet", *sizes, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["threads"] == 1 and not written(tmp_path)
+    assert len(found["steps"]) == 3 * 2 and len(found["attaching"]) == 2
+    assert len(found["passes"]) == (3 if found["compiled"] else 2) * 2
+    for row in found["passes"] + found["steps"]:
+        assert 0 < row["low"] <= row["ratio"] <= row["high"] and row["k"] in (2, 17)
+    as_text = fewbits(tmp_path, "bench", "--model", "convnet", *sizes).stdout
+    assert as_text.count("| penalty, convnet, batch 2 |") == 2
+
+
+def test_bench_refuses_what_it_cannot_measure(tmp_path):
+    result = fewbits(tmp_path, "bench", "--pairs", "1")
+    assert result.returncode == 1 and "--pairs from 2" in result.stderr

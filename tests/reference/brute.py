@@ -15,7 +15,9 @@ def nearest(weight: Tensor, codebook: Tensor) -> Tensor:
 
 def nearest_penalty(weight: Tensor, codebook: Tensor, p: int) -> Tensor:
     """METHOD's nearest-p over (G, n) and (G, K), differentiable, one std for the layer."""
-    std = weight.detach().std(correction=0) if weight.numel() > 1 else torch.tensor(0.0)
+    # Less one of the weights: torch's deviation of equal numbers is not always 0.
+    shifted = weight.detach() - weight.detach().flatten()[0]
+    std = shifted.std(correction=0) if weight.numel() > 1 else torch.tensor(0.0)
     std = std if std > 0 else torch.ones(())
     distance = ((weight[:, :, None] - codebook[:, None, :]) / std).abs()
     return distance.min(dim=2).values.pow(p).mean()

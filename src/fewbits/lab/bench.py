@@ -1,0 +1,210 @@
+"""What the pull costs on this machine: steps in turn, passes over the weights, attaching.
+
+Times on a shared machine wander, so whatever is compared is measured in turn, in pairs; a figure
+is the median of the ratios within pairs, with the quartiles.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .._clustering import Clustering
+from .._codebook import initial_codebook
+from .._kernels import COMPILED, kernels
+from .._pull import Proximal
+from .models import build
+
+Row = dict[str, Any]
+
+VARIANTS: dict[str, Callable[[nn.Module, int], Clustering]] = {
+    "penalty": lambda model, k: Clustering(model, k=k, snapped_forward=False),
+    "penalty, snapped forward": lambda model, k: Clustering(model, k=k),
+    "proximal": lambda model, k: Clustering(model, k=k, pull=Proximal(), snapped_forward=False),
+}
+
+
+class Stepper:
+    """A network with its optimizer, and perhaps a clustering, that takes one step at a time."""
+
+    def __init__(self, model: nn.Module, clustering: Clustering | None):
+        """Take SGD with momentum for the model's parameters and the codebooks."""
+        self.model, self.clustering = model, clustering
+        groups = clustering.param_groups(lr=0.01) if clustering else model.parameters()
+        self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Take a training step."""
+        loss = cross_entropy(self.model(images), labels)
+        if self.clustering:
+            loss = loss + self.clustering.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.clustering:
+            self.clustering.step()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _in_turn(one: Callable[[], object], other: Callable[[], object], pairs: int) -> Row:
+    """Return the median ratio of the second to the first, quartiles, and the median seconds."""
+    for work in (one, other):
+        work()  # the first time allocates
+    times = [(_seconds(one), _seconds(other)) for _ in range(pairs)]
+    low, ratio, high = statistics.quantiles([b / a for a, b in times], n=4, method="inclusive")
+    return {
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "seconds": statistics.median(b for _, b in times),
+    }
+
+
+def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]:
+    """Measure training steps with clustering over plain ones, on random 32 x 32 images.
+
+    Args:
+        model: a network by name.
+        batch: images in a step.
+        sizes: the numbers of values K.
+        pairs: how many pairs of steps; at least 2.
+
+    Returns:
+        a row for each variant and K: what, k, ratio, low, high, seconds.
+    """
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return build(model, classes=10, shape=(3, 32, 32))
+
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    plain = Stepper(fresh(), None)
+    rows = []
+    for name, attach in VARIANTS.items():
+        for k in sizes:
+            network = fresh()
+            clustered = Stepper(network, attach(network, k))
+            figures = _in_turn(
+                lambda: plain.step(images, labels),
+                lambda clustered=clustered: clustered.step(images, labels),
+                pairs,
+            )
+            rows.append({"what": f"{name}, {model}, batch {batch}", "k": k, **figures})
+    return rows
+
+
+def naive_penalty(weight: Tensor, gradient: Tensor, codebook: Tensor) -> None:
+    """Search, gather, add and scatter, as one writes it in plain torch without thinking of passes.
+
+    Args:
+        weight: (1, n).
+        gradient: (1, n), to which the penalty's gradient is added.
+        codebook: (1, K) ascending.
+    """
+    middle = (codebook[0, 1:] + codebook[0, :-1]) / 2
+    indices = torch.bucketize(weight, middle)
+    distance = weight - codebook[0][indices]
+    distance.square().mean()
+    torch.zeros_like(codebook[0]).scatter_add_(0, indices[0], distance[0])
+    torch.bincount(indices[0], minlength=codebook.shape[1])
+    gradient += distance * 1e-9
+
+
+def passes(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
+    """Measure the penalty's value, sums and gradient over one read and write of the tensor.
+
+    Args:
+        weights: how many, float32.
+        sizes: the numbers of values K.
+        pairs: how many pairs; at least 2.
+
+    Returns:
+        a row for each backend and K: what, k, ratio to a read and write, low, high, seconds, ns
+        (nanoseconds a weight).
+    """
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(1, weights) * 0.05, torch.zeros(1, weights)
+
+    def once() -> None:
+        gradient.mul_(0.5)
+
+    rows = []
+    for name, backend in kernels().items():
+        for k in sizes:
+            codebook = initial_codebook(weight, k, "quantile")
+
+            def penalty(backend: Any = backend, codebook: Tensor = codebook) -> None:
+                backend.measure(weight, codebook, None, 2)
+                backend.pull(gradient, weight, codebook, None, 2, 1e-9)
+
+            rows.append({"what": f"penalty, {name}", "k": k, **_in_turn(once, penalty, pairs)})
+    for k in sizes:
+        codebook = initial_codebook(weight, k, "quantile")
+        figures = _in_turn(
+            once, lambda codebook=codebook: naive_penalty(weight, gradient, codebook), pairs
+        )
+        rows.append({"what": "penalty, bucketize and scatter", "k": k, **figures})
+    return [row | {"ns": row["seconds"] / weights * 1e9} for row in rows]
+
+
+def attaching(weights: int, sizes: Iterable[int]) -> list[Row]:
+    """Measure initial codebooks by k-means.
+
+    Args:
+        weights: how many, float32.
+        sizes: the numbers of values K.
+
+    Returns:
+        a row for each K: what, k, seconds.
+    """
+    torch.manual_seed(0)
+    weight = torch.randn(1, weights)
+    return [
+        {
+            "what": f"k-means of {weights:,} weights",
+            "k": k,
+            "seconds": _seconds(lambda k=k: initial_codebook(weight, k, "kmeans")),
+        }
+        for k in sizes
+    ]
+
+
+def environment() -> Row:
+    """Return what the figures depend on: threads, versions, and whether kernels are compiled."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "compiled": COMPILED,
+    }
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """Return rows as a Markdown table; a column that no row fills is left out."""
+    rows = list(rows)
+    columns = {
+        "what": ("", "{}"),
+        "k": ("K", "{}"),
+        "ratio": ("ratio", "{:.3f}"),
+        "low": ("lower quartile", "{:.3f}"),
+        "high": ("upper quartile", "{:.3f}"),
+        "seconds": ("seconds", "{:.4f}"),
+        "ns": ("ns a weight", "{:.2f}"),
+    }
+    columns = {c: head for c, head in columns.items() if any(c in row for row in rows)}
+    lines = [
+        "| " + " | ".join(head for head, _ in columns.values()) + " |",
+        "|" + "|".join("---" if c == "what" else "---:" for c in columns) + "|",
+    ]
+    for row in rows:
+        cells = [form.format(row[c]) if c in row else "" for c, (_, form) in columns.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
