@@ -65,10 +65,10 @@ def test_a_folder_with_nothing_in_it_is_taken(tmp_path: Path, state: str, overwr
     if state != "absent":
         folder.mkdir()
     if state == "killed as it began":
-        (folder / ".config.toml.tmp").write_text("# fewb")
+        (folder / ".config.toml.12-34.tmp").write_text("# fewb")
     _folder.check(folder, overwrite=overwrite)
     make_run(folder)
-    assert not (folder / ".config.toml.tmp").exists()
+    assert not (folder / ".config.toml.12-34.tmp").exists()
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -1,7 +1,7 @@
 """The run folder: what lies where, written so that a kill never leaves half a file."""
 
-import fnmatch
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,8 @@ _CONTENTS = (
     "config.toml",
 )  # fmt: skip
 _FIRST_WORD = "# fewbits "
+# As `fill_atomically` names what it has not finished.
+_HALF_WRITTEN = re.compile(rf"\..+\.\d+-\d+{re.escape(TEMPORARY)}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,9 +101,8 @@ def check(folder: Path, *, overwrite: bool) -> None:
             else than a run.
     """
     # All there is when a run was killed as it began.
-    unborn = f".config.toml.*{TEMPORARY}"
     if not folder.exists() or (
-        folder.is_dir() and all(fnmatch.fnmatch(f.name, unborn) for f in folder.iterdir())
+        folder.is_dir() and all(_HALF_WRITTEN.fullmatch(f.name) for f in folder.iterdir())
     ):
         return
     if not overwrite:
@@ -135,6 +136,7 @@ def create(folder: Path, config: str, command: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         for path in (folder / name for name in _CONTENTS):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -151,7 +153,8 @@ def create(folder: Path, config: str, command: str) -> None:
 def sweep(folder: Path) -> None:
     """Delete the half-written files that a killed run left in its folder."""
     for path in folder.rglob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        if _HALF_WRITTEN.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def command_of(folder: Path) -> str:
