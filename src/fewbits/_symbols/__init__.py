@@ -1,7 +1,7 @@
 """Arrays of few distinct values, their indices, and the indices as bytes.
 
-Compiled where the package was built with a C compiler, else in NumPy: the same results, and the
-same bytes, at a hundredth of the speed. `FEWBITS_NO_NATIVE=1` chooses NumPy.
+Compiled where the package was built with a C compiler, else in NumPy: the same results and the
+same bytes, far more slowly. `FEWBITS_NO_NATIVE=1` chooses NumPy.
 """
 
 import os
