@@ -10,6 +10,8 @@ try:
     from fewbits._kernels import _cpu, _native  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:  # built without a compiler
     _cpu = _native = None
+if _cpu is None:  # or told to do without
+    _native = None
 
 COMPILED = [] if _native is None else ["compiled", "compiled, portable"]
 BACKENDS = ["eager", *COMPILED]
