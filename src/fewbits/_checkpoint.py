@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ._file import (
     NAMES,
     Choice,
     Header,
+    Progress,
     Tensors,
     dtype_name,
     fill_atomically,
@@ -29,8 +30,6 @@ from ._file import (
 from ._indexed import bits_of
 from ._quantize import Method, quantized_values
 from ._rules import Granularity, check_granularity, check_k
-
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .._indexed import MOST_VALUES
 from ._coders import CODERS, MOST_ELEMENTS_PER_BYTE
 
 VERSION = 1
@@ -20,7 +21,6 @@ MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 _START = '{"__metadata__":{"fewbits":"'
 _CHECK = '","header_crc32":"'
 _METADATA = ("fewbits", "header_crc32", "entry_crc32", "tensors")
-MOST_VALUES = 65_536
 MOST_SIZE = 1 << 48  # elements of a tensor, bytes of a file: no product below overflows 64 bits
 
 # What every safetensors reader knows. Other types are kept as bytes.

@@ -5,7 +5,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, overload
@@ -31,10 +31,9 @@ from ._format import (
     header_size,
     parse,
 )
-from ._parallel import check_threads, in_order
+from ._parallel import Progress, check_threads, in_order
 
 Model = TypeVar("Model", bound=nn.Module)
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class Reader:

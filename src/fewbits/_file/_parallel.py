@@ -4,12 +4,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .._errors import FileError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Called with an iterable and its length; returns what to iterate over instead, such as a bar.
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 def check_threads(threads: int | None) -> int:

@@ -21,9 +21,8 @@ from .._plan import CODEBOOK_SUFFIX, unwrapped
 from . import _coders
 from ._atomic import fill_atomically
 from ._format import NAMES, OTHERS, Coded, Entry, Header, render
-from ._parallel import check_threads, in_order
+from ._parallel import Progress, check_threads, in_order
 
-Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 Source = Callable[[], Tensor]
 
 # A tensor that is no weight is coded only where that saves more than its header entries take.
