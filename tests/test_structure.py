@@ -32,7 +32,7 @@ LAYERS = [
     {"report"},
     {"lab"},
     {"_bars"},
-    {"_cli_files"},
+    {"_cli_files", "_cli_study"},
     {"_cli"},
     {"__main__"},
 ]

@@ -1,8 +1,10 @@
 """The run folder: what lies where, written so that a kill never leaves half a file."""
 
+import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +23,11 @@ _CONTENTS = (
 _FIRST_WORD = "# fewbits "
 # As `fill_atomically` names what it has not finished.
 _HALF_WRITTEN = re.compile(rf"\..+\.\d+-\d+{re.escape(TEMPORARY)}")
+
+
+def fingerprint(values: Mapping[str, Any], digits: int = 8) -> str:
+    """Return hexadecimal digits that the values together decide, in whatever order they are."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,10 @@
 """Several methods, numbers of values and seeds, from one float training per seed."""
 
-import json
 import math
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._errors import PlanError
-from .._file import save, write_atomically
+from .._file import save
 from .._finetune import finetune_codebooks
 from .._plan import Plan
 from .._plan import plan as make_plan
 from .._quantize import quantize
 from .._summary import summary
-from ._folder import load_state, read_json, save_state, sweep, write_json
+from ._floats import Floats
+from ._folder import sweep, write_json
+from ._jobs import Jobs
 from ._layers import Stage, describe, histograms
-from ._recorder import Recorder
 from .config import Config
 from .data import ImageData, default_augment
 from .methods import METHODS, Method, Recipe
-from .models import build, parameter_count
+from .models import parameter_count
 from .progress import Progress
 from .training import (
-    Job,
     accuracy,
     reestimate,
     reestimated_accuracy,
@@ -72,6 +72,7 @@ class Comparison:
         data: the images, on the device to train on.
         device: that device.
         progress: told what happens.
+        floats: where float networks lie, as `Floats` takes it; in the run's folder if not given.
     """
 
     config: Config
@@ -79,12 +80,17 @@ class Comparison:
     data: ImageData
     device: torch.device
     progress: Progress
+    floats: Callable[[Config, bool], Path] | None = None
 
     def __post_init__(self):
         """Take the subset that the config asks for."""
         if self.config.train_images:
             self.data = self.data.subset(train=self.config.train_images)
         self.augment = default_augment(self.data)
+        self.jobs = Jobs(self.folder, self.progress)
+        self.float = Floats(
+            self.config, self.data, self.augment, self.device, self.jobs, self.floats
+        )
 
     def check(self) -> None:
         """Refuse a model or a rule that cannot be, before any training and any file.
@@ -94,7 +100,7 @@ class Comparison:
         """
         if not steps_per_epoch(self.data, self.config.batch_size):
             raise PlanError(f"{self.data.name}: one training image makes no batch. Give more.")
-        model = self._fresh(self.config.seeds[0])
+        model = self.float.fresh(self.config.seeds[0])
         for k in self.config.k:
             self._plan(model, k)
 
@@ -112,18 +118,23 @@ class Comparison:
         for seed in self.config.seeds:
             for method in self.config.methods:
                 for k in self.config.k:
-                    results.append(self._cell(method, k, seed))
+                    results.append(self.cell(method, k, seed))
                     self._write(results, command)
         return [_public(result["row"]) for result in results]
 
     # -- one method, k and seed -----------------------------------------------------------------
 
-    def _cell(self, method: str, k: int, seed: int) -> dict[str, Any]:
+    def cell(self, method: str, k: int, seed: int) -> dict[str, Any]:
+        """Do one method at one K with one seed, unless it is finished.
+
+        Returns:
+            its "row", "layers", "float_bytes" and "history".
+        """
         name = f"{method}-k{k}-seed{seed}"
-        done = self._finished(name)
+        done = self.jobs.finished(name)
         if done is not None:
             return done
-        reference = self._float(seed, continued=True)["accuracy"]
+        reference = self.float.get(seed, continued=True)["accuracy"]
         outcome = self._carry_out(METHODS[method], name, k, seed)
         found = summary(outcome.model, plan=outcome.plan)
         now = accuracy(outcome.model, self.data)
@@ -148,14 +159,16 @@ class Comparison:
         layers = [{"method": method, "k": k, "seed": seed} | layer for layer in layers]
         result = {"row": row, "layers": layers, "float_bytes": found.float_bytes}
         if found.layers:
-            save(outcome.model, self._model_path(name).with_suffix(".fewbits"))
-        return self._finish(name, outcome.model, outcome.history, result)
+            save(outcome.model, self.jobs.model_path(name).with_suffix(".fewbits"))
+        return self.jobs.finish(name, outcome.model, outcome.history, result)
 
     def _carry_out(self, method: Method, name: str, k: int, seed: int) -> _Outcome:
         """Train or quantize, re-estimate batch norm, and keep what was seen on the way."""
-        model = self._fresh(seed)
+        model = self.float.fresh(seed)
         if method.start != "scratch":
-            model.load_state_dict(self._float(seed, continued=method.start == "continued")["state"])
+            model.load_state_dict(
+                self.float.get(seed, continued=method.start == "continued")["state"]
+            )
         plan = self._plan(model, k)
         outcome = _Outcome(model, plan, _state(model), {"before": histograms(model, plan)})
         began = time.monotonic()
@@ -174,14 +187,14 @@ class Comparison:
     def _train_clustered(self, method: Method, name: str, seed: int, outcome: _Outcome) -> None:
         assert method.attach is not None  # what the caller chose it by
         config = self.config
-        job = self._job(name, outcome.model, seed, scratch=method.scratch)
+        job = self.float.job(name, outcome.model, seed, scratch=method.scratch)
         if method.scratch:
             job.epochs += config.finetune_epochs
         steps = job.epochs * steps_per_epoch(self.data, config.batch_size)
         recipe = Recipe(outcome.plan, steps, config.regularizer, config.strength)
         job.clustering = method.attach(outcome.model, recipe)
         outcome.stages["before"] = histograms(outcome.model, outcome.plan)  # with the codebooks
-        self._train(job, during=lambda model: histograms(model, outcome.plan))
+        self.jobs.train(job, during=lambda model: histograms(model, outcome.plan))
         during = [epoch["during"] for epoch in job.history if "during" in epoch]
         outcome.stages |= {"during": during[0]} if during else {}
         outcome.history = [{k: v for k, v in h.items() if k != "during"} for h in job.history]
@@ -203,93 +216,10 @@ class Comparison:
             finetune_codebooks(outcome.model, stream, cross_entropy, lr=step, plan=outcome.plan)
         outcome.model.eval()
 
-    # -- the float networks ---------------------------------------------------------------------
-
-    def _float(self, seed: int, *, continued: bool) -> dict[str, Any]:
-        """Return a seed's float network, trained if it is not there yet.
-
-        `continued` has trained for as many epochs as every method: it is what post-training
-        methods quantize and what every accuracy is compared with.
-        """
-        name = f"float-continued-seed{seed}" if continued else f"float-seed{seed}"
-        done = self._finished(name)
-        if done is None:
-            model = self._fresh(seed)
-            if continued:
-                model.load_state_dict(self._float(seed, continued=False)["state"])
-            job = self._job(name, model, seed, scratch=not continued)
-            self._train(job)
-            reestimate(model, self.data, self.config.batch_size, self.augment)
-            found = {"accuracy": accuracy(model, self.data)}
-            done = self._finish(name, model, job.history, found)
-        return done | {"state": load_state(self._model_path(name))}
+    # -- parts -----------------------------------------------------------------------------
 
     def _plan(self, model: nn.Module, k: int) -> Plan:
         return make_plan(model, k=k, **self.config.plan_settings())
-
-    def _fresh(self, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        config = self.config
-        classes, shape = len(self.data.classes), self.data.shape
-        model = build(config.model, classes=classes, shape=shape, width=config.width)
-        return model.to(self.device)
-
-    def _job(self, name: str, model: nn.Module, seed: int, *, scratch: bool) -> Job:
-        config = self.config
-        return Job(
-            name=name,
-            model=model,
-            data=self.data,
-            augment=self.augment,
-            epochs=config.epochs if scratch else config.finetune_epochs,
-            batch_size=config.batch_size,
-            lr=config.lr * (1.0 if scratch else config.finetune_lr),
-            warmup=0.1 if scratch else 0.0,
-            weight_decay=config.weight_decay,
-            seed=seed,
-        )
-
-    def _train(self, job: Job, during: Any = None) -> None:
-        recorder = Recorder(self.folder, job.name, self.write_metrics, self.progress)
-        job.run(self._job_path(job.name) / "checkpoint.pt", progress=recorder, during=during)
-
-    # -- files ----------------------------------------------------------------------------------
-
-    def _job_path(self, name: str) -> Path:
-        return self.folder / "jobs" / name
-
-    def _model_path(self, name: str) -> Path:
-        return self.folder / "models" / f"{name}.safetensors"
-
-    def _finished(self, name: str) -> dict[str, Any] | None:
-        path = self._job_path(name) / "result.json"
-        if not path.exists() or not self._model_path(name).exists():
-            return None
-        return read_json(path)
-
-    def _finish(
-        self, name: str, model: nn.Module, history: list[dict[str, Any]], result: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Write the model, then the result that declares it finished, then drop the checkpoint."""
-        save_state(self._model_path(name), model.state_dict())
-        result = result | {"name": name, "history": history}
-        write_json(self._job_path(name) / "result.json", result)
-        (self._job_path(name) / "checkpoint.pt").unlink(missing_ok=True)
-        return result
-
-    def write_metrics(self) -> None:
-        """Write metrics.jsonl: one line per finished epoch of every job."""
-        lines = []
-        for path in sorted((self.folder / "jobs").glob("*/history.json"), key=_age):
-            name = path.parent.name
-            head, _, seed = name.rpartition("-seed")
-            method, _, k = head.rpartition("-k")
-            about = {"job": name, "method": method or "float", "k": int(k) if method else None}
-            about["seed"] = int(seed)
-            for epoch in read_json(path):
-                kept = {key: value for key, value in epoch.items() if key != "during"}
-                lines.append(json.dumps(about | kept) + "\n")
-        write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
 
     def _write(self, results: list[dict[str, Any]], command: str) -> None:
         rows = [result["row"] for result in results]
@@ -308,17 +238,13 @@ class Comparison:
             },
             "model": {
                 "name": self.config.model,
-                "parameters": parameter_count(self._fresh(first)),
+                "parameters": parameter_count(self.float.fresh(first)),
             },
             "float_bytes": results[0]["float_bytes"],
             "rows": rows,
             "layers": [x for r in results for x in r["layers"] if x["seed"] == first],
         }
         write_json(self.folder / "details.json", details)
-
-
-def _age(path: Path) -> tuple[float, str]:
-    return path.stat().st_mtime, str(path)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

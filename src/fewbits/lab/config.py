@@ -137,16 +137,40 @@ def read_toml(path: Path) -> dict[str, Any]:
         The settings by name, types checked, ready for `Config(**settings)`.
 
     Raises:
-        FileError: if it cannot be read, is not TOML, has a key that does not exist (with the
-            nearest names), or a value of the wrong type.
+        FileError: as `load_toml` and `typed_settings` do.
+    """
+    return typed_settings(path, load_toml(path))
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, whatever it holds.
+
+    Raises:
+        FileError: if it cannot be read or is not TOML.
     """
     try:
         with open(path, "rb") as file:
-            values = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: is not TOML ({error}).") from error
+
+
+def typed_settings(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the names and types of settings that stood in a file.
+
+    Args:
+        path: the file, for messages.
+        values: as TOML has them; one item may stand for a list of one.
+
+    Returns:
+        The settings, ready for `Config(**settings)`.
+
+    Raises:
+        FileError: if there is no such setting (with the nearest names), or its value is of the
+            wrong type.
+    """
     defaults = dataclasses.asdict(Config())
     settings = {}
     for key, value in values.items():

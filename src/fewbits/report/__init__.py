@@ -8,11 +8,17 @@ from typing import Any
 from .._errors import FileError
 from .._file import write_atomically
 from ._page import page
+from ._plots import plots
+from ._study import latex, rows_csv
+from ._study import markdown as study_markdown
+from ._study import text as study_text
 from ._tables import comparison as comparison
 from ._tables import markdown as markdown
 from ._tables import text as text
 
-__all__ = ["comparison", "markdown", "text", "write_report"]
+__all__ = [
+    "comparison", "markdown", "study_markdown", "study_text", "text", "write_report", "write_study",
+]  # fmt: skip
 
 _ROW = (
     "method k seed float_accuracy accuracy drop hardening_gap bits_fixed bits_entropy bytes ratio "
@@ -54,6 +60,29 @@ def write_report(run: Path) -> Path:
     target = run / "report.html"
     write_atomically(target, page(rows, details, metrics).encode())
     return target
+
+
+def write_study(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write a study's results, tables and plots into a folder, each file in one step.
+
+    Args:
+        folder: made where it does not exist; files of the same names are replaced.
+        results: what `fewbits.lab.study.gather_results` returns, with at least one row.
+
+    Raises:
+        FewbitsError: if matplotlib is not installed; the tables are then written already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {"results.json": json.dumps(results, indent=1) + "\n", "rows.csv": rows_csv(results)}
+    texts |= {"table.tex": latex(results), "report.md": study_markdown(results)}
+    for name, content in texts.items():
+        write_atomically(folder / name, content.encode())
+    drawn = plots(results)
+    for name, (_, draw) in drawn.items():
+        for suffix in ("svg", "pdf"):
+            write_atomically(folder / f"{name}.{suffix}", draw(suffix))
+    shown = {f"{name}.svg": about for name, (about, _) in drawn.items()}
+    write_atomically(folder / "report.md", study_markdown(results, shown).encode())
 
 
 def _load(path: Path) -> Any:

@@ -1,0 +1,190 @@
+"""The queue of a study's cells: an Optuna storage that any number of processes share.
+
+A cell is a trial that was enqueued before; its key and name are the trial's attributes, and so is
+its row once it is done. Optuna hands each waiting trial to one process only.
+"""
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..._errors import FewbitsError, FileError
+from ._cells import Cell
+
+# Seconds between two signs of life of a process, and after how long without one it counts as dead.
+HEARTBEAT, GRACE = 30, 180
+
+
+class Queue:
+    """In place: the cells that wait, run, and are done, in a storage.
+
+    Args:
+        folder: of the study; holds one lock per living process of this machine.
+        name: the study's name in the storage.
+        url: an SQLAlchemy URL, such as "postgresql://…"; study.db in the folder if not given.
+
+    Raises:
+        FewbitsError: if optuna is not installed.
+        FileError: if the storage cannot be opened.
+    """
+
+    def __init__(self, folder: Path, name: str, url: str | None = None):
+        try:
+            import optuna
+        except ImportError as error:
+            raise FewbitsError("studies need: pip install 'fewbits[study]'") from error
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._pruned = optuna.TrialPruned()
+        self._states = optuna.trial.TrialState
+        self._stale = optuna.storages.fail_stale_trials
+        self._workers = folder / "workers"
+        self._workers.mkdir(parents=True, exist_ok=True)
+        self.worker = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._lock = FileLock(self._workers / f"{self.worker}.lock")
+        self._lock.acquire()
+        where = url or f"sqlite:///{(folder / 'study.db').resolve()}"
+        try:
+            with FileLock(folder / "study.lock"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # heartbeats are marked experimental
+                storage = optuna.storages.RDBStorage(
+                    where, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+                )
+                self._study = optuna.create_study(
+                    storage=storage, study_name=name, direction="maximize", load_if_exists=True
+                )
+        except Exception as error:  # SQLAlchemy and its drivers raise many kinds
+            self.close()
+            raise FileError(
+                f"{where}: the storage cannot be opened ({_one_line(error)})."
+            ) from error
+
+    def close(self) -> None:
+        """In place: let go of what a living process holds."""
+        self._lock.release()
+        (self._workers / f"{self.worker}.lock").unlink(missing_ok=True)
+
+    # -- what there is --------------------------------------------------------------------------
+
+    def _trials(self, *states: Any) -> list[Any]:
+        trials = self._study.get_trials(deepcopy=False, states=states or None)
+        return [trial for trial in trials if "cell" in trial.user_attrs]
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Return what was kept of each finished cell, by the cell's key."""
+        found = {}
+        for trial in self._trials(self._states.COMPLETE):
+            found.setdefault(trial.user_attrs["cell"], dict(trial.user_attrs["result"]))
+        return found
+
+    def failed(self) -> dict[str, str]:
+        """Return why each cell failed, by key, of those that neither wait, run nor are done."""
+        alive = {t.user_attrs["cell"] for t in self._trials() if t.state != self._states.FAIL}
+        return {
+            t.user_attrs["cell"]: t.user_attrs["error"]
+            for t in self._trials(self._states.FAIL)
+            if "error" in t.user_attrs and t.user_attrs["cell"] not in alive
+        }
+
+    def running(self) -> int:
+        """Return how many cells other processes are at."""
+        return len(self._trials(self._states.RUNNING))
+
+    # -- filling --------------------------------------------------------------------------------
+
+    def fill(self, cells: Iterable[Cell], *, retry: bool = False) -> None:
+        """In place: let every cell wait that neither waits, runs, is done, nor has failed.
+
+        A cell whose process died, without an error to show, waits again.
+
+        Args:
+            cells: all of the study.
+            retry: whether failed cells wait again as well.
+        """
+        self._release_dead()
+        states: dict[str, set[Any]] = {}
+        for trial in self._trials():
+            kept = trial.state != self._states.FAIL or ("error" in trial.user_attrs and not retry)
+            if kept:
+                states.setdefault(trial.user_attrs["cell"], set()).add(trial.state)
+        for cell in cells:
+            if cell.key not in states:
+                self._study.enqueue_trial(
+                    {}, user_attrs={"cell": cell.key, "name": cell.name} | cell.settings()
+                )
+
+    def _release_dead(self) -> None:
+        """In place: fail the cells of processes that no longer live."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # marked experimental
+            self._stale(self._study)
+        for trial in self._trials(self._states.RUNNING):
+            path = self._workers / f"{trial.user_attrs.get('worker')}.lock"
+            if not path.exists():  # of another machine: the heartbeat decides
+                continue
+            try:
+                with FileLock(path, timeout=0):
+                    self._fail(trial.number)
+            except Timeout:
+                continue  # it lives
+            path.unlink(missing_ok=True)
+
+    def _fail(self, number: int) -> None:
+        with suppress(ValueError, RuntimeError):  # another process was faster
+            self._study.tell(number, state=self._states.FAIL)
+
+    # -- doing ----------------------------------------------------------------------------------
+
+    def do_next(
+        self, cells: Mapping[str, Cell], do: Callable[[Cell], tuple[float, dict[str, Any]]]
+    ) -> bool:
+        """In place: take a cell that waits, so that no other process gets it, and do it.
+
+        An exception is kept as the reason why the cell failed. A cell that is interrupted waits
+        again at the next `fill`.
+
+        Args:
+            cells: those that this process knows how to do, by key.
+            do: returns the cell's accuracy in percent and what to keep of it, JSON's types.
+
+        Returns:
+            whether a cell waited.
+        """
+        if not self._trials(self._states.WAITING):
+            return False
+
+        def objective(trial: Any) -> float:
+            key = trial.user_attrs.get("cell")
+            if key not in cells or self._twin(key, trial.number):
+                # Nothing waited any more, the file has changed since, or two processes enqueued
+                # the same.
+                raise self._pruned
+            trial.set_user_attr("worker", self.worker)
+            try:
+                accuracy, result = do(cells[key])
+            except Exception as error:
+                trial.set_user_attr("error", _one_line(error))
+                raise
+            trial.set_user_attr("result", result)
+            return accuracy
+
+        # It also gives signs of life meanwhile.
+        self._study.optimize(objective, n_trials=1, catch=(Exception,))
+        return True
+
+    def _twin(self, key: str, number: int) -> bool:
+        first = (self._states.COMPLETE, self._states.RUNNING, self._states.WAITING)
+        return any(
+            t.user_attrs["cell"] == key and t.number < number and t.state in first
+            for t in self._trials()
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FewbitsError) else f"{type(error).__name__}: {text}"
