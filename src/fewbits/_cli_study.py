@@ -110,7 +110,7 @@ def _finish(what: Any, folder: Path, queue: Any, file: Path, options: dict[str, 
     if (running := queue.running()) and not options["report"]:
         print(f"fewbits: other processes are still at {running} cells.", file=sys.stderr)
     if results["failed"]:
-        count = len(results["failed"])
+        count = f"{len(results['failed'])} of {results['cells']}"
         print(f"fewbits: {count} cells failed; --retry does them again:", file=sys.stderr)
         for row in results["failed"]:
             print(

@@ -91,10 +91,14 @@ def _errorbars(axes: Any, curves: Sequence[tuple[str, list[Entry]]], x: str, y: 
 
 
 def _accuracy_bytes(rows: Sequence[Entry]) -> Callable[[Any], None]:
+    from matplotlib import ticker
+
     def draw(axes: Any) -> None:
         _errorbars(axes, _curves(rows[1:], "bytes", "accuracy"), "bytes", "accuracy")
         axes.axhline(rows[0]["accuracy"], color="gray", linestyle="--", label="float")
         axes.set(xscale="log", xlabel="bytes of the whole model", ylabel="accuracy, %")
+        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            which(ticker.EngFormatter(sep=""))
 
     return draw
 
@@ -105,10 +109,19 @@ def _drop_k(rows: Sequence[Entry]) -> Callable[[Any], None]:
         ks = sorted({row["k"] for row in rows[1:]})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks], minor=False)
-        axes.set_yscale("symlog", linthresh=1)  # drops span two decades, and may be negative
+        _points(axes)
         axes.set(xlabel="K, values per codebook", ylabel="drop, points")
 
     return draw
+
+
+def _points(axes: Any) -> None:
+    """Scale the y axis for points of accuracy: they span two decades, and may be negative."""
+    from matplotlib import ticker
+
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
 
 
 def _gaps(results: Results, task: Mapping[str, Any]) -> dict[str, list[list[tuple[int, float]]]]:
@@ -128,6 +141,8 @@ def _gaps(results: Results, task: Mapping[str, Any]) -> dict[str, list[list[tupl
 
 
 def _gap(gaps: Mapping[str, list[list[tuple[int, float]]]]) -> Callable[[Any], None]:
+    from matplotlib import ticker
+
     def draw(axes: Any) -> None:
         for number, (name, curves) in enumerate(gaps.items()):
             by_epoch: dict[int, list[float]] = {}
@@ -136,7 +151,8 @@ def _gap(gaps: Mapping[str, list[list[tuple[int, float]]]]) -> Callable[[Any], N
             epochs = sorted(by_epoch)
             means = [math.fsum(by_epoch[e]) / len(by_epoch[e]) for e in epochs]
             axes.plot(epochs, means, label=name, marker=_MARKS[number % len(_MARKS)], markersize=3)
-        axes.set_yscale("symlog", linthresh=1)
+        _points(axes)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel="hardening gap, points")
 
     return draw
@@ -150,7 +166,10 @@ def _ablation(rows: Sequence[Entry], option: str) -> Callable[[Any], None]:
         curves = [(n, sorted(g, key=lambda r: r[option])) for n, g in groups.items() if len(g) > 1]
         _errorbars(axes, curves, option, "drop")
         if min(row[option] for row in rows) > 0:
+            values = sorted({row[option] for row in rows})
             axes.set_xscale("log")
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.set_xticks([], minor=True)
         axes.set(xlabel=option, ylabel="drop, points")
 
     return draw

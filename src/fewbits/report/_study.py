@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._tables import COLUMNS, Column, cell, columns_of, mean_and_sd
+from ._tables import COLUMNS, cell, columns_of, mean_and_sd
 
 # The axes that make another network of it, or another task; the rest are options of a method.
 TASK = (
@@ -193,17 +193,19 @@ def latex(results: Results) -> str:
             r"\midrule",
         ]
         for entry in found:
-            cells = [_tex_cell(entry, column) for column in columns]
+            cells = [_tex(cell(entry, column)) for column in columns]
             if entry["best"]:
                 cells[0] = rf"\textbf{{{cells[0]}}}"
-            lines.append(" & ".join([_escaped(entry["label"]), _k(entry), *cells]) + r" \\")
+            lines.append(" & ".join([_escaped(entry["label"]), _tex(_k(entry)), *cells]) + r" \\")
         blocks.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}"]))
     return "\n\n".join(blocks) + "\n"
 
 
-def _tex_cell(entry: Entry, column: Column) -> str:
-    text = cell(entry, column).replace("±", r"$\pm$").replace("×", r"$\times$")
-    return text.replace("–", "--").replace("<", "$<$").replace("-", "$-$", text[:1] == "-")
+def _tex(text: str) -> str:
+    text = "$-$" + text[1:] if text.startswith("-") else text
+    for sign, tex in {"±": r"$\pm$", "×": r"$\times$", "–": "--", "<": "$<$"}.items():
+        text = text.replace(sign, tex)
+    return text
 
 
 def _escaped(text: str) -> str:

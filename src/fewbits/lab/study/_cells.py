@@ -74,6 +74,13 @@ class Study:
     title: str
     cells: tuple[Cell, ...]
 
+    @property
+    def axes(self) -> list[str]:
+        """The settings that differ between cells, besides method, K and seed."""
+        every = [cell.settings() for cell in self.cells]
+        names = [name for name in every[0] if name not in ("method", "k", "seed")]
+        return [name for name in names if any(s[name] != every[0][name] for s in every)]
+
 
 def read_study(path: Path) -> Study:
     """Read a study's file.

@@ -97,7 +97,7 @@ class Queue:
 
     # -- filling --------------------------------------------------------------------------------
 
-    def fill(self, cells: Iterable[Cell], *, retry: bool = False) -> None:
+    def fill(self, cells: Iterable[Cell], *, retry: bool = False) -> int:
         """In place: let every cell wait that neither waits, runs, is done, nor has failed.
 
         A cell whose process died, without an error to show, waits again.
@@ -105,6 +105,9 @@ class Queue:
         Args:
             cells: all of the study.
             retry: whether failed cells wait again as well.
+
+        Returns:
+            how many wait that did not before.
         """
         self._release_dead()
         states: dict[str, set[Any]] = {}
@@ -112,11 +115,11 @@ class Queue:
             kept = trial.state != self._states.FAIL or ("error" in trial.user_attrs and not retry)
             if kept:
                 states.setdefault(trial.user_attrs["cell"], set()).add(trial.state)
-        for cell in cells:
-            if cell.key not in states:
-                self._study.enqueue_trial(
-                    {}, user_attrs={"cell": cell.key, "name": cell.name} | cell.settings()
-                )
+        missing = [cell for cell in cells if cell.key not in states]
+        for cell in missing:
+            about = {"cell": cell.key, "name": cell.name} | cell.settings()
+            self._study.enqueue_trial({}, user_attrs=about)
+        return len(missing)
 
     def _release_dead(self) -> None:
         """In place: fail the cells of processes that no longer live."""

@@ -8,9 +8,6 @@ from typing import Any
 from ..config import Config
 from ._cells import Study
 
-# Settings that a row has in the singular.
-_OWN = ("methods", "k", "seeds")
-
 
 def gather_results(
     study: Study,
@@ -32,9 +29,7 @@ def gather_results(
         `environments`, each once; `rows`, one per finished cell with its axes, measurements and
         history; `failed`, likewise with the error.
     """
-    every = [cell.settings() for cell in study.cells]
-    names = [name for name in every[0] if name not in ("method", "k", "seed")]
-    axes = [name for name in names if any(s[name] != every[0][name] for s in every)]
+    axes = study.axes
     rows, errors, environments = [], [], []
     for cell in study.cells:
         settings = cell.settings()
@@ -50,13 +45,14 @@ def gather_results(
             )
         elif cell.key in failed:
             errors.append(about | {"error": failed[cell.key]})
+    apart = ("method", "k", "seed", *axes)
     return {
         "name": study.name,
         "title": study.title,
         "command": command,
         "commit": _commit(),
         "cells": len(study.cells),
-        "common": {name: _plain(every[0][name]) for name in names if name not in axes},
+        "common": {n: _plain(v) for n, v in study.cells[0].settings().items() if n not in apart},
         "axes": axes,
         "defaults": {name: _plain(getattr(Config(), name)) for name in axes},
         "environments": environments,

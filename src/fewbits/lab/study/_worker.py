@@ -55,13 +55,15 @@ class Worker:
                 self._comparison(cell).check()
 
     def run(self) -> None:
-        """Do cells until none waits."""
+        """Do cells until none waits, nor was left behind by a process that died meanwhile."""
         cells = {cell.key: cell for cell in self.study.cells}
-        while self.queue.do_next(cells, self._do):
+        while self.queue.do_next(cells, self._do) or self.queue.fill(self.study.cells):
             pass
 
     def _do(self, cell: Cell) -> tuple[float, dict[str, Any]]:
-        name = f"{cell.config.model} {cell.method} k={cell.k} seed={cell.seed}"
+        settings = cell.settings()
+        names = ("method", "k", "seed", *self.study.axes)
+        name = " ".join(f"{name}={settings[name]}" for name in names)
         try:
             done = self._comparison(cell).cell(cell.method, cell.k, cell.seed)
         except Exception as error:
