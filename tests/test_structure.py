@@ -28,7 +28,7 @@ LAYERS = [
     {"_clustering", "_quantize"},
     {"_checkpoint"},
     {"_summary"},
-    {"_finetune"},
+    {"_finetune", "_allocate"},
     {"report"},
     {"lab"},
     {"_bars"},

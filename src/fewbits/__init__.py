@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from . import regularizers as regularizers
 from . import schedules as schedules
+from ._allocate import allocate as allocate
 from ._clustering import Clustering as Clustering
 from ._errors import CodebookError as CodebookError
 from ._errors import FewbitsError as FewbitsError
@@ -33,6 +34,7 @@ __all__ = [
     "PlanError",
     "Proximal",
     "Summary",
+    "allocate",
     "finetune_codebooks",
     "load",
     "plan",

@@ -80,6 +80,11 @@ _RUN_OPTIONS = [
     ),
     click.option("--channels-per-group", type=int, help="For --granularity group."),
     click.option(
+        "--allocation",
+        type=click.Choice(["even", "measured"]),
+        help="Give every layer --k values, or each as many as it needs in the same bytes.",
+    ),
+    click.option(
         "--exclude", callback=_words, help="Globs on layer names to leave alone, commas between."
     ),
     click.option("--train-images", type=int, help="Use only so many training images."),

@@ -15,7 +15,7 @@ QUICK = ["--train-images", "200", "--width", "0.25", "--epochs", "1", "--finetun
 # What the guide promises for --json, in this order.
 KEYS = (
     "method k seed float_accuracy accuracy drop hardening_gap bits_fixed bits_entropy bytes ratio"
-    " seconds"
+    " file_bytes seconds"
 ).split()
 
 

@@ -20,8 +20,8 @@ def row(method: str, k: int, seed: int, strength: float) -> dict:
         "method": method, "k": k, "seed": seed, "strength": strength, "model": "convnet",
         "float_accuracy": 90 + seed, "accuracy": accuracy, "drop": 90 + seed - accuracy,
         "accuracy_before_reestimation": 70.0, "hardening_gap": gap, "bits_fixed": k / 2,
-        "bits_entropy": k / 2 - 0.1, "bytes": 1000 * k, "ratio": 10 / k, "seconds": 1.0,
-        "float_bytes": 10_000, "history": history,
+        "bits_entropy": k / 2 - 0.1, "bytes": 1000 * k, "ratio": 10 / k,
+        "file_bytes": 900 * k, "seconds": 1.0, "float_bytes": 10_000, "history": history,
     }  # fmt: skip
 
 

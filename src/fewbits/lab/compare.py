@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .._allocate import allocate, planned_bytes
 from .._errors import PlanError
 from .._file import save
 from .._finetune import finetune_codebooks
@@ -41,8 +42,11 @@ from .training import (
 # The keys of a row, in order: what `--json` prints and rows.json holds, nothing else.
 ROW_KEYS = (
     "method", "k", "seed", "float_accuracy", "accuracy", "drop", "hardening_gap", "bits_fixed",
-    "bits_entropy", "bytes", "ratio", "seconds",
+    "bits_entropy", "bytes", "ratio", "file_bytes", "seconds",
 )  # fmt: skip
+
+# Training images on which each layer's sensitivity is measured.
+ALLOCATION_IMAGES = 1024
 
 # Step of codebook fine-tuning, in standard deviations of the weight, falling along a cosine.
 FINETUNE_STEP = 2e-3
@@ -151,6 +155,7 @@ class Comparison:
             "bits_entropy": round(found.bits_entropy, 4),
             "bytes": found.bytes_fixed,
             "ratio": round(found.ratio, 4),
+            "file_bytes": self._save(name, outcome.model) if found.layers else None,
             "seconds": round(outcome.seconds, 2),
             "accuracy_before_reestimation": round(outcome.accuracy_before_reestimation, 4),
         }
@@ -158,9 +163,13 @@ class Comparison:
         layers = describe(outcome.model, outcome.plan, outcome.stages, outcome.unsnapped, entropy)
         layers = [{"method": method, "k": k, "seed": seed} | layer for layer in layers]
         result = {"row": row, "layers": layers, "float_bytes": found.float_bytes}
-        if found.layers:
-            save(outcome.model, self.jobs.model_path(name).with_suffix(".fewbits"))
         return self.jobs.finish(name, outcome.model, outcome.history, result)
+
+    def _save(self, name: str, model: nn.Module) -> int:
+        """Save the model file and return its bytes."""
+        path = self.jobs.model_path(name).with_suffix(".fewbits")
+        save(model, path)
+        return path.stat().st_size
 
     def _carry_out(self, method: Method, name: str, k: int, seed: int) -> _Outcome:
         """Train or quantize, re-estimate batch norm, and keep what was seen on the way."""
@@ -169,7 +178,7 @@ class Comparison:
             model.load_state_dict(
                 self.float.get(seed, continued=method.start == "continued")["state"]
             )
-        plan = self._plan(model, k)
+        plan = self._allocated(model, k, seed)
         outcome = _Outcome(model, plan, _state(model), {"before": histograms(model, plan)})
         began = time.monotonic()
         if method.attach is not None:
@@ -220,6 +229,18 @@ class Comparison:
 
     def _plan(self, model: nn.Module, k: int) -> Plan:
         return make_plan(model, k=k, **self.config.plan_settings())
+
+    def _allocated(self, model: nn.Module, k: int, seed: int) -> Plan:
+        """Return the plan for `model`, its numbers of values as the config allocates them."""
+        plan = self._plan(model, k)
+        if self.config.allocation == "even":
+            return plan
+        trained = self.float.fresh(seed)
+        trained.load_state_dict(self.float.get(seed, continued=True)["state"])
+        some = self.data.subset(train=ALLOCATION_IMAGES)
+        stream = training_batches(some, ALLOCATION_IMAGES // 4, None, seed)
+        size = planned_bytes(trained, plan)
+        return allocate(trained, stream, cross_entropy, size_bytes=size, plan=plan)
 
     def _write(self, results: list[dict[str, Any]], command: str) -> None:
         rows = [result["row"] for result in results]

@@ -46,6 +46,8 @@ class Config:
         strength: multiplies each method's own default strength.
         granularity: "layer", "channel" or "group".
         channels_per_group: for "group".
+        allocation: "even" gives every weight k values; "measured" gives each as many as
+            `fewbits.allocate` finds on the float network, in no more bytes.
         exclude: globs on layer names that are left alone.
         overrides: rules by glob on the layer's name, as `fewbits.plan` takes them.
         train_images: use only so many training images; 0 means all.
@@ -68,6 +70,7 @@ class Config:
     strength: float = 1.0
     granularity: Granularity = "layer"
     channels_per_group: int = 0
+    allocation: str = "even"
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train_images: int = 0
@@ -78,6 +81,7 @@ class Config:
         for method in self.methods:
             _check_known("methods", method, METHODS)
         _check_known("regularizer", self.regularizer, REGULARIZERS)
+        _check_known("allocation", self.allocation, dict.fromkeys(("even", "measured")))
         for k in self.k:
             check_k(k)
         for name in ("methods", "k", "seeds"):

@@ -37,7 +37,8 @@ def plots(results: Results) -> dict[str, tuple[str, Callable[[str], bytes]]]:
     for number, task in enumerate(tasks(results), start=1):
         where = f"-{number}" if len(tasks(results)) > 1 else ""
         rows, what = entries(results, task), heading(results, task)
-        add(f"accuracy-bytes{where}", f"Accuracy against bytes: {what}", _accuracy_bytes(rows))
+        if all(row["file_bytes"] for row in rows[1:]):
+            add(f"accuracy-bytes{where}", f"Accuracy against bytes: {what}", _accuracy_bytes(rows))
         if len({row["k"] for row in rows[1:]}) > 1:
             add(f"drop-k{where}", f"Drop against K: {what}", _drop_k(rows))
         gaps = _gaps(results, task)
@@ -94,9 +95,9 @@ def _accuracy_bytes(rows: Sequence[Entry]) -> Callable[[Any], None]:
     from matplotlib import ticker
 
     def draw(axes: Any) -> None:
-        _errorbars(axes, _curves(rows[1:], "bytes", "accuracy"), "bytes", "accuracy")
+        _errorbars(axes, _curves(rows[1:], "file_bytes", "accuracy"), "file_bytes", "accuracy")
         axes.axhline(rows[0]["accuracy"], color="gray", linestyle="--", label="float")
-        axes.set(xscale="log", xlabel="bytes of the whole model", ylabel="accuracy, %")
+        axes.set(xscale="log", xlabel="bytes of the model file", ylabel="accuracy, %")
         for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             which(ticker.EngFormatter(sep=""))
 

@@ -33,6 +33,7 @@ COLUMNS = (
     Column("bits_entropy", "bpw entropy", "Bits per weight, entropy", 2),
     Column("bytes", "bytes", "Bytes", 0),
     Column("ratio", "ratio", "Ratio", 1, suffix="×"),
+    Column("file_bytes", "file bytes", "Bytes of the model file", 0),
     Column("seconds", "seconds", "Time, s", 1),
     Column("n", "seeds", "Seeds", 0),
 )
