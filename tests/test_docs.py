@@ -14,6 +14,7 @@ from fewbits.__main__ import main
 from fewbits.lab.compare import ROW_KEYS
 from fewbits.lab.config import Config, read_toml
 from fewbits.lab.methods import METHODS, REGULARIZERS
+from fewbits.lab.study import read_study
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -127,10 +128,19 @@ def test_commands_and_options_named_exist(page, helps):
 
 
 @page
-def test_toml_blocks_are_configs(page, tmp_path):
+def test_toml_blocks_are_configs_or_studies(page, tmp_path):
     for _, block in blocks(page, "toml"):
-        (tmp_path / "config.toml").write_text(block)
-        Config(**read_toml(tmp_path / "config.toml"))
+        path = tmp_path / "config.toml"
+        path.write_text(block)
+        if "[[grid]]" in block:
+            assert len(read_study(path).cells) > 1
+        else:
+            Config(**read_toml(path))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*.toml")), ids=lambda p: p.stem)
+def test_the_studies_that_are_shipped_can_be_read(path):
+    assert len(read_study(path).cells) > 1
 
 
 @pytest.mark.parametrize(
