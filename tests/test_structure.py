@@ -29,7 +29,7 @@ LAYERS = [
     {"_checkpoint"},
     {"_summary"},
     {"_finetune", "_allocate"},
-    {"report"},
+    {"report", "integrations"},
     {"lab"},
     {"_bars"},
     {"_cli_files", "_cli_study"},

@@ -1,0 +1,119 @@
+"""What every training loop needs that is not written around `Clustering`."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._clustering import Clustering
+from .._errors import PlanError
+
+
+def codebooks_of(clustering: Clustering) -> list[nn.Parameter]:
+    """Return the parameters that belong to the clustering, codebooks and a regularizer's own."""
+    return clustering.param_groups(lr=0.0)[1]["params"]
+
+
+def separate_codebooks(
+    optimizers: Iterable[torch.optim.Optimizer],
+    clustering: Clustering,
+    *,
+    codebook_lr: float | None = None,
+    schedulers: Iterable[Any] = (),
+) -> None:
+    """In place: give representatives a parameter group of their own, without weight decay.
+
+    Args:
+        optimizers: those of the loop, before they have a state.
+        clustering: attached to the model they train.
+        codebook_lr: learning rate of the representatives; as the group they were in if not given.
+        schedulers: learning-rate schedulers that were made for the optimizers already.
+
+    Raises:
+        PlanError: if a codebook is in no optimizer, where it would never move.
+    """
+    ours = {id(parameter) for parameter in codebooks_of(clustering)}
+    for optimizer in optimizers:
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a loop's wrapper
+        for number, group in enumerate(list(optimizer.param_groups)):
+            moved = [p for p in group["params"] if id(p) in ours]
+            if not moved:
+                continue
+            ours -= {id(p) for p in moved}
+            if len(moved) < len(group["params"]):
+                group["params"] = [p for p in group["params"] if not any(p is m for m in moved)]
+                own = {k: v for k, v in group.items() if k != "params"} | {"params": moved}
+                optimizer.add_param_group(own)
+                for scheduler in schedulers:
+                    _follow(scheduler, optimizer, number)
+                group = optimizer.param_groups[-1]
+            group["weight_decay"] = 0.0
+            if codebook_lr is not None:
+                _set_rate(group, codebook_lr)
+    if ours:
+        raise PlanError(
+            f"{len(ours)} of the codebooks are in no optimizer, so their representatives would"
+            " never move. Make the optimizer from all of the model's parameters after attaching."
+        )
+
+
+def _set_rate(group: dict[str, Any], lr: float) -> None:
+    group["lr"] = lr
+    if "initial_lr" in group:
+        group["initial_lr"] = lr
+
+
+def _follow(scheduler: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """In place: make a scheduler treat the optimizer's new last group as it does group `number`.
+
+    Schedulers keep one item per group in lists (base_lrs, lr_lambdas, min_lrs, …), and some hold
+    further schedulers.
+    """
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return
+    before = len(optimizer.param_groups) - 1
+    for value in vars(scheduler).values():
+        if not isinstance(value, list):
+            continue
+        if value and hasattr(value[0], "optimizer"):
+            for inner in value:
+                _follow(inner, optimizer, number)
+        elif len(value) == before:
+            value.append(value[number])
+
+
+def add_pull(clustering: Clustering) -> float:
+    """In place: add the penalty's gradient to what a backward pass has left, and return it.
+
+    To be called once per step of the optimizer, just before it: then neither accumulation over
+    batches, nor the scaling of a loss, nor clipping changes how strong the pull is.
+
+    Raises:
+        PlanError: at the first step, if no gradient has reached any clustered weight.
+    """
+    if clustering.steps == 0 and not any(_has_gradient(clustering)):
+        raise PlanError(
+            "no gradient has reached a clustered weight: the loop trains another copy of the model"
+            f" ({type(clustering.model).__name__}) than the one that was clustered. Attach after"
+            " the model has been copied or re-created."
+        )
+    penalty = clustering.loss()
+    penalty.backward()
+    return float(penalty.detach())
+
+
+def _has_gradient(clustering: Clustering) -> Iterator[bool]:
+    weights = dict(clustering.model.named_parameters(remove_duplicate=False))
+    for planned in clustering.plan.selected:
+        yield weights[planned.name].grad is not None
+
+
+def measures(clustering: Clustering) -> dict[str, float]:
+    """Return what a tracker wants to see of the codebooks now: plain numbers by name."""
+    gap = clustering.gap()
+    return {
+        "fewbits/moving": gap.moving,
+        "fewbits/distortion": gap.distortion,
+        "fewbits/dead": float(sum(layer.dead for layer in gap.layers)),
+    }
