@@ -11,7 +11,7 @@ from .._clustering import Clustering
 from .._plan import Plan
 from .._pull import Penalty, Proximal
 from .._quantize import Method as PostTraining
-from .peers import Peer, lsq
+from .peers import Peer, dkm, lsq, parq
 
 REGULARIZERS: dict[str, Callable[[], regularizers.Regularizer]] = {
     "nearest-2": lambda: regularizers.Nearest(p=2),
@@ -137,5 +137,15 @@ METHODS: dict[str, Method] = {
         "LSQ: straight-through with a learned step",
         attach=lambda model, recipe: lsq.Lsq(model, recipe.plan),
         check=lsq.check,
+    ),
+    "dkm": Method(
+        "DKM: differentiable k-means, by coremltools",
+        attach=lambda model, recipe: dkm.Dkm(model, recipe.plan),
+        check=dkm.check,
+    ),
+    "parq": Method(
+        "PARQ: piecewise-affine regularized quantization, by torchao",
+        attach=lambda model, recipe: parq.Parq(model, recipe.plan, recipe.steps),
+        check=parq.check,
     ),
 }

@@ -5,17 +5,18 @@ wrap the optimizer, and leaves a plain model whose weights hold few values. Star
 learning rate and weight decay are the training's, the same for every method.
 """
 
+import importlib
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..._errors import PlanError
+from ..._errors import FewbitsError, PlanError
 from ..._plan import Plan
 from ..._resolve import difference
 
@@ -96,3 +97,43 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def imported(module: str) -> Any:
+    """Return a module of an optional package.
+
+    Raises:
+        FewbitsError: if it is not installed.
+    """
+    try:
+        with quiet():
+            return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise FewbitsError(
+            f"{package} is not here ({error}): pip install 'fewbits[peers]'"
+        ) from error
+
+
+def check_rows(method: str, plan: Plan, ks: Collection[int]) -> None:
+    """Refuse a plan that asks for other numbers of values, or for several codebooks a weight.
+
+    Args:
+        method: its name, for the message.
+        plan: the plan.
+        ks: the numbers of values that the method has.
+
+    Raises:
+        PlanError: with the weight's name.
+    """
+    for row in plan.selected:
+        if row.k not in ks:
+            raise PlanError(
+                f"{row.name}: {method} with k = {row.k}. It has k = {', '.join(map(str, ks))};"
+                " leave the layer out with --exclude, or the method."
+            )
+        if row.groups > 1:
+            raise PlanError(
+                f"{row.name}: {method} with {row.groups} codebooks. It has one a weight here:"
+                " use granularity layer."
+            )
