@@ -65,8 +65,9 @@ class Parq(Peer):
     def wrapped(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Return PARQ's optimizer around that of the training."""
         prox = self._parq.ProxPARQ(anneal_start=0, anneal_end=self._annealed, steepness=STEEPNESS)
-        self._optimizer = self._parq.QuantOptimizer(optimizer, self._parq.LSBQuantizer(), prox)
-        return self._optimizer
+        optimizer = self._parq.QuantOptimizer(optimizer, self._parq.LSBQuantizer(), prox)
+        self._optimizer = optimizer
+        return optimizer
 
     @contextmanager
     def snapped(self) -> Iterator[None]:
