@@ -1,7 +1,10 @@
 """LSQ against the paper's pseudo-code under float64 autograd; every peer in a training."""
 
 import importlib.util
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fewbits
-from fewbits._errors import FileError, PlanError
+from fewbits._errors import FewbitsError, FileError, PlanError
+from fewbits.lab.compare import Comparison
+from fewbits.lab.config import Config
 from fewbits.lab.data import ImageData
 from fewbits.lab.methods import METHODS, Recipe
 from fewbits.lab.peers import lsq
@@ -111,16 +116,21 @@ def test_lsq_gives_each_channel_its_own_step():
 # -- all of them ----------------------------------------------------------------------------------
 
 needs = {"lsq": None, "dkm": "coremltools", "parq": "torchao"}
+
+
+def there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
 PEERS = [
     pytest.param(
         name,
         marks=pytest.mark.skipif(
-            package is not None and importlib.util.find_spec(package) is None,
+            package is not None and not there(package),
             reason=f"{package} is not installed: pip install 'fewbits[peers]'",
         ),
     )
     for name, package in needs.items()
-    if name in METHODS
 ]
 peers = pytest.mark.parametrize("name", PEERS)
 
@@ -216,6 +226,62 @@ def test_a_peer_refuses_the_checkpoint_of_another_plan(name: str, tmp_path: Path
         job(name, network(), k=2).run(tmp_path / "checkpoint.pt", progress=Progress())
 
 
-def test_lsq_refuses_a_single_value():
-    with pytest.raises(PlanError, match=r"0.weight: lsq with k = 1\. Give 2 or more"):
-        METHODS["lsq"].check(fewbits.plan(network(), k=1))
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("lsq", {"k": 1}, r"0\.weight: lsq with k = 1\. Give 2 or more"),
+        ("dkm", {"k": 3}, r"0\.weight: dkm with k = 3\. It has k = 2, 4, 8, 16, 64, 256;"),
+        ("parq", {"k": 5}, r"0\.weight: parq with k = 5\. It has k = 2, 3, 4, 8, .*, 256;"),
+        ("dkm", {"k": 4, "granularity": "channel"}, r"0\.weight: dkm with 6 codebooks"),
+        ("parq", {"k": 4, "granularity": "channel"}, r"0\.weight: parq with 6 codebooks"),
+    ],
+)
+def test_a_plan_that_a_peer_has_no_values_for_is_refused(
+    name: str, settings: dict[str, Any], message: str
+):
+    with pytest.raises(PlanError, match=message):
+        METHODS[name].check(fewbits.plan(network(), **settings))
+
+
+def test_dkm_refuses_layers_that_its_package_would_leave_alone():
+    tied = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 9))
+    tied[1].weight = tied[0].weight
+    for model, what in (
+        (tied, r"0\.weight: dkm clusters no weight that is tied to 1\.weight"),
+        (nn.Sequential(nn.ConvTranspose2d(2, 3, 3)), r"0\.weight: .* that is ConvTranspose2d"),
+    ):
+        with pytest.raises(PlanError, match=what):
+            METHODS["dkm"].check(fewbits.plan(model, k=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("dkm", "coremltools.optimize.torch.palettization"), ("parq", "torchao.prototype.parq")],
+)
+def test_a_package_that_is_not_there_is_named_before_any_training(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    images, labels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 2
+    data = ImageData("made", images, labels, images, labels, ("a", "b"))
+    config = Config(methods=("kmeans", name))
+    comparison = Comparison(config, tmp_path, data, torch.device("cpu"), Progress())
+    with pytest.raises(FewbitsError, match=r"is not here .*: pip install 'fewbits\[peers\]'"):
+        comparison.check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_peers_say_nothing_and_make_rows(tmp_path: Path):
+    names = [name for name, package in needs.items() if package is None or there(package)]
+    words = (
+        "compare --data digits --train-images 100 --batch-size 50 --width 0.1 --epochs 1"
+        f" --finetune-epochs 1 --bits 1 --methods {','.join(names)} --json --quiet --out run"
+    ).split()
+    command = [sys.executable, "-m", "fewbits", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    for row, name in zip(json.loads(done.stdout), names, strict=True):
+        assert row["method"] == name
+        assert row["bits_fixed"] == 1.0
+        assert row["seconds"] > 0
+        assert (tmp_path / "run" / "models" / f"{name}-k2-seed0.fewbits").exists()
