@@ -101,12 +101,15 @@ class Comparison:
 
         Raises:
             PlanError: with the reason.
+            FewbitsError: if a method's package is not installed.
         """
         if not steps_per_epoch(self.data, self.config.batch_size):
             raise PlanError(f"{self.data.name}: one training image makes no batch. Give more.")
         model = self.float.fresh(self.config.seeds[0])
         for k in self.config.k:
-            self._plan(model, k)
+            plan = self._plan(model, k)
+            for method in self.config.methods:
+                METHODS[method].check(plan)
 
     def run(self, command: str) -> list[dict[str, Any]]:
         """Do every job that is not finished; write rows.json and details.json after each.
@@ -273,7 +276,8 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()  # in which a peer's modules keep more than tensors
+    return {name: t.detach().clone() for name, t in state.items() if isinstance(t, Tensor)}
 
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:

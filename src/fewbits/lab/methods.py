@@ -11,6 +11,7 @@ from .._clustering import Clustering
 from .._plan import Plan
 from .._pull import Penalty, Proximal
 from .._quantize import Method as PostTraining
+from .peers import Peer, dkm, lsq, parq
 
 REGULARIZERS: dict[str, Callable[[], regularizers.Regularizer]] = {
     "nearest-2": lambda: regularizers.Nearest(p=2),
@@ -47,15 +48,17 @@ class Method:
         about: one line for people.
         post_training: the method of `fewbits.quantize`, for those that do not train weights.
         finetune: whether the quantized network's codebooks are then fine-tuned.
-        attach: (model, recipe) -> Clustering, for those that train.
+        attach: (model, recipe) -> Clustering or Peer, for those that train.
         scratch: whether training starts from random weights and takes all epochs.
+        check: raises a `FewbitsError` for a plan that the method cannot carry out here.
     """
 
     about: str
     post_training: PostTraining | None = None
     finetune: bool = False
-    attach: Callable[[nn.Module, Recipe], Clustering] | None = None
+    attach: Callable[[nn.Module, Recipe], Clustering | Peer] | None = None
     scratch: bool = False
+    check: Callable[[Plan], None] = lambda plan: None
 
     @property
     def start(self) -> Literal["scratch", "float", "continued"]:
@@ -130,4 +133,19 @@ METHODS: dict[str, Method] = {
     "penalty-late": Method("penalty and snapped forward from half-way on", attach=_penalty_late),
     "proximal": Method("proximal, from the float network", attach=_proximal),
     "proximal-snapped": Method("proximal and snapped forward", attach=_proximal_snapped),
+    "lsq": Method(
+        "LSQ: straight-through with a learned step",
+        attach=lambda model, recipe: lsq.Lsq(model, recipe.plan),
+        check=lsq.check,
+    ),
+    "dkm": Method(
+        "DKM: differentiable k-means, by coremltools",
+        attach=lambda model, recipe: dkm.Dkm(model, recipe.plan),
+        check=dkm.check,
+    ),
+    "parq": Method(
+        "PARQ: piecewise-affine regularized quantization, by torchao",
+        attach=lambda model, recipe: parq.Parq(model, recipe.plan, recipe.steps),
+        check=parq.check,
+    ),
 }

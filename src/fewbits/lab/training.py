@@ -16,6 +16,7 @@ from .._errors import CodebookError, FileError
 from .._finetune import reestimate_batch_norm
 from ._folder import load_checkpoint, save_checkpoint
 from .data import Augment, ImageData, batches
+from .peers import Peer
 from .progress import Progress
 
 # Training images used to re-estimate batch-norm statistics, and per batch in evaluation.
@@ -97,7 +98,7 @@ class Job:
         lr: peak learning rate.
         weight_decay: of the weights.
         seed: fixes the order and augmentation of the images and dropout.
-        clustering: what pulls the weights, or nothing for a float network.
+        clustering: what pulls the weights, ours or a peer's, or nothing for a float network.
         warmup: share of the steps in which the learning rate rises from 0.
         history: one dict of metrics per finished epoch.
     """
@@ -111,7 +112,7 @@ class Job:
     lr: float
     weight_decay: float
     seed: int
-    clustering: Clustering | None = None
+    clustering: Clustering | Peer | None = None
     warmup: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -165,7 +166,8 @@ class Job:
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-        return optimizer
+        peer = self.clustering
+        return peer.wrapped(optimizer) if isinstance(peer, Peer) else optimizer
 
     def _epoch(
         self, epoch: int, optimizer: torch.optim.Optimizer, progress: Progress
