@@ -54,6 +54,8 @@ def cited_equations(text):
     return numbers
 
 
+# Advice of the packages whose loops the examples use, such as to have more workers.
+@pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch.utils.data")
 @page
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     module = types.ModuleType(page.stem)
