@@ -12,7 +12,7 @@ demo: setup
 	$(BIN)/fewbits compare --data digits --bits 1,2 --seed 0-2 --methods kmeans,kmeans-finetuned,penalty,penalty-snapped --out runs/demo --overwrite $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ sys.modules["zoo"] = zoo  # dataclasses look their module up
 _spec.loader.exec_module(zoo)
 
 
-@pytest.mark.parametrize("name", list(zoo.entries()))
-def test_an_architecture_is_clustered_trained_hardened_saved_and_loaded(name):
-    row = zoo.check(zoo.entries()[name])
-    assert row["tensors"] > 0 and 0 < row["clustered"] <= 1
+def test_every_architecture_is_clustered_trained_hardened_saved_and_loaded():
+    for name, entry in zoo.entries().items():
+        row = zoo.check(entry)
+        assert row["tensors"] > 0 and 0 < row["clustered"] <= 1, name
