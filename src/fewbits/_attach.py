@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ._codebook import boundaries_of, grouped, grouped_like, shares_memory, std_of, ungrouped
 from ._errors import PlanError
-from ._kernels import Measures, compute_dtype, measure, snap
+from ._kernels import Measures, compute_dtype, measure_all, snap
 from ._plan import CODEBOOK_SUFFIX, PlannedWeight
 from ._pull import Pieces
 from ._snapped import Switch, install, uninstall
@@ -154,9 +154,9 @@ class Attached:
         power, (codebook, _) = regularizer.power, self.rows()
         if not power or regularizer.cost(self.usage) is not None or self._known_measures(codebook):
             return
-        measures = measure(self.view(), codebook, None, power)
+        measures = measure_all([self.view()], codebook, None, power)
         self._measured = (self._version(), codebook, measures)
-        self._std = (self._version(), _std_of(measures[1], self.weight))
+        self._std = (self._version(), _std_of(measures[1][0], self.weight))
 
     def _known_measures(self, codebook: Tensor) -> Measures | None:
         if self._measured is None or self._measured[0] != self._version():

@@ -17,10 +17,10 @@ from ._kernels import (
     compute_dtype,
     count,
     gather,
-    measure,
+    measure_all,
     midpoints,
-    move,
-    pull,
+    move_all,
+    pull_all,
 )
 from .regularizers import LayerState, Regularizer
 from .schedules import Schedule, as_schedule
@@ -172,11 +172,11 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
         boundaries = layer.boundaries(regularizer)
-        total, _, counts, sums = layer.measured or measure(
-            layer.weight, layer.codebook, boundaries, power
+        totals, _, counts, sums = layer.measured or measure_all(
+            [layer.weight], layer.codebook, boundaries, power
         )
         scale = 1 / (size * _number(layer.std) ** power)
-        return total * scale, counts, {"codebook": sums * (-power * scale)}
+        return totals[0] * scale, counts, {"codebook": sums * (-power * scale)}
     k = layer.codebook.shape[1]
     free = {"codebook": layer.codebook / layer.std, **layer.parameters}
     value = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
@@ -213,9 +213,9 @@ def add_weight_gradient(
     """
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
-        scale = power * _number(factor) / (size * _number(layer.std) ** power)
+        scale = power * factor / (size * layer.std.double() ** power)
         boundaries = layer.boundaries(regularizer)
-        pull(out, layer.weight, layer.codebook, boundaries, power, float(scale))
+        pull_all([out], [layer.weight], layer.codebook, boundaries, power, scale.view(1))
         return
     codebook = layer.codebook / layer.std
     scale = factor / (layer.std * size)
@@ -239,8 +239,9 @@ def proximal_step(regularizer: Regularizer, layer: Pieces, amount: float) -> Non
     """
     out = layer.weight
     if power := regularizer.power:
-        way = amount / (1 + amount) if power == 2 else amount * float(layer.std)
-        move(out, layer.codebook, layer.boundaries(regularizer), power, way)
+        way = layer.std.new_full((1,), amount / (1 + amount) if power == 2 else amount).double()
+        way = way if power == 2 else way * layer.std
+        move_all([out], layer.codebook, layer.boundaries(regularizer), power, way)
         return
     codebook = layer.codebook / layer.std
     for rows, columns, part, indices in layer.walk(regularizer):
