@@ -17,18 +17,18 @@ def results(backend, threads, k, dtype=torch.float32):
     torch.manual_seed(0)
     weight = torch.randn(1, 700_003).to(dtype)
     rows = torch.randn(37, 9_001).to(dtype)
-    found = []
+    found, tenth = [], torch.tensor([0.1], dtype=torch.float64)
     torch.set_num_threads(threads)
     with using(backend) as some:
         for view in (weight, rows):
             codebook = torch.randn(len(view), k).sort(1).values
             for power in (1, 2):
-                found += some.measure(view, codebook, None, power)
+                found += some.measure_all([view], codebook, None, power)
             found += some.cluster_sums(view, view, kernels.midpoints(codebook))
             out = torch.ones_like(view)
-            some.pull(out, view, codebook, None, 2, 0.1)
+            some.pull_all([out], [view], codebook, None, 2, tenth)
             moved = view.clone()
-            some.move(moved, codebook, None, 1, 0.1)
+            some.move_all([moved], codebook, None, 1, tenth)
             found += [out, moved, some.std(view)]
     return found
 
@@ -66,7 +66,7 @@ def test_a_forked_process_starts_threads_of_its_own():
 
 
 def test_without_native_code_the_plain_kernels_are_used():
-    code = "from fewbits import _kernels as k; print(k.COMPILED, k.measure.__module__)"
+    code = "from fewbits import _kernels as k; print(k.COMPILED, k.measure_all.__module__)"
     environment = os.environ | {"FEWBITS_NO_NATIVE": "1"}
     output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     assert output.split() == ["False", "fewbits._kernels._eager"]

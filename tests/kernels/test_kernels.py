@@ -23,6 +23,10 @@ def distances(weight, codebook, indices):
     return (weight.double() - codebook.double().gather(1, indices.long())).abs()
 
 
+def one(number):
+    return torch.tensor([number], dtype=torch.float64)
+
+
 def codebook_of(groups, k, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.randn(groups, k).to(wide).sort(1).values
@@ -167,7 +171,8 @@ def test_one_pass_measures_what_brute_force_sums(backend, k, dtype, groups, memb
         expected = measured_by_brute_force(weight, codebook, power)
         with using(backend) as some:
             for boundaries in (None, kernels.midpoints(codebook)):
-                found = some.measure(weight, codebook, boundaries, power)
+                found = some.measure_all([weight], codebook, boundaries, power)
+                found = (found[0][0], found[1][0], *found[2:])
                 # float64 sums of 10^4 terms of size 1; the spread as exact as a float32 std
                 torch.testing.assert_close(found[0], expected[0], rtol=1e-11, atol=1e-11)
                 torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
@@ -188,7 +193,7 @@ def test_the_pull_adds_the_penaltys_gradient(backend, k, dtype, groups, members)
         before = torch.randn(groups, members).to(dtype)
         out = before.clone()
         with using(backend) as some:
-            some.pull(out, weight, codebook, None, power, 0.3)
+            some.pull_all([out], [weight], codebook, None, power, one(0.3))
         # One rounding of the product, one of the sum, one to `dtype`.
         exact = before.double() + 0.3 * slope
         tolerance = 2 * torch.finfo(dtype).eps
@@ -210,13 +215,41 @@ def test_a_move_goes_part_of_the_way_and_never_past(backend, k, dtype, amount):
         share = way * amount if power == 2 else way.sign() * way.abs().clamp(max=amount)
         moved = weight.clone()
         with using(backend) as some:
-            some.move(moved, codebook, None, power, amount)
+            some.move_all([moved], codebook, None, power, one(amount))
         torch.testing.assert_close(
             moved.double(), weight.double() + share, rtol=tolerance, atol=tolerance
         )
         if power == 1:
             arrived = way.abs() <= 0.999 * amount
             assert torch.equal(moved[arrived], nearest[arrived].to(dtype)), "arrived exactly"
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("k", [1, 4, 16, 40])
+@pytest.mark.parametrize("power", [1, 2])
+def test_many_weights_in_one_call_are_done_as_each_alone(backend, power, k, dtype):
+    shapes = [(1, 1), (3, 501), (1, 140_003), (1, 0), (2, 9_001), (1, 4_096), (70, 2_000)]
+    many = kernels.Weights(torch.randn(shape).to(dtype) for shape in shapes)
+    codebook = codebook_of(sum(groups for groups, _ in shapes), k, dtype)
+    rows = codebook.split([groups for groups, _ in shapes])
+    factors = torch.rand(len(many), dtype=torch.float64)
+    with using(backend) as some:
+        for boundaries in (None, kernels.midpoints(codebook)):
+            together = some.measure_all(many, codebook, boundaries, power)
+            alone = [some.measure_all([w], c, None, power) for w, c in zip(many, rows, strict=True)]
+            for found, parts in zip(together, zip(*alone, strict=True), strict=True):
+                assert torch.equal(found, torch.cat(parts))
+        outs, expected = ([torch.ones_like(w) for w in many] for _ in range(2))
+        some.pull_all([o.view(-1) for o in outs], many, codebook, None, power, factors)
+        moved = kernels.Weights(w.clone() for w in many)
+        some.move_all(moved, codebook, None, power, factors)
+        for i, (weight, own) in enumerate(zip(many, rows, strict=True)):
+            some.pull_all([expected[i]], [weight], own, None, power, factors[i : i + 1])
+            assert torch.equal(outs[i], expected[i])
+            weight = weight.clone()
+            some.move_all([weight], own, None, power, factors[i : i + 1])
+            assert torch.equal(moved[i], weight)
 
 
 @every_backend
@@ -263,10 +296,10 @@ def test_the_spread_is_right_however_far_off_the_codebook_lies(backend):
     weight = torch.randn(1, 9_000) * 1e-3
     with using(backend) as some:
         for codebook in (torch.tensor([[1e3]]), torch.tensor([[-1e3, 1e3]])):
-            _, spread, *_ = some.measure(weight, codebook, None, 2)
+            _, spread, *_ = some.measure_all([weight], codebook, None, 2)
             expected = (weight.double() - weight.double().mean()).square().sum()
-            torch.testing.assert_close(spread, expected, rtol=1e-5, atol=0)
-            equal = some.measure(torch.full((1, 9_000), 0.1), codebook, None, 2)
+            torch.testing.assert_close(spread[0], expected, rtol=1e-5, atol=0)
+            equal = some.measure_all([torch.full((1, 9_000), 0.1)], codebook, None, 2)
             assert equal[1] == 0
 
 
@@ -277,7 +310,7 @@ def test_sums_of_many_equal_weights_do_not_stall(backend):
     codebook = torch.tensor([[-2.0, 0.0]])
     with using(backend) as some:
         _, sums = some.cluster_sums(weight, weight, torch.tensor([[-1.0]]))
-        total, _, counts, distance = some.measure(weight, codebook, None, 2)
+        total, _, counts, distance = some.measure_all([weight], codebook, None, 2)
     assert sums.tolist() == counts.tolist() == distance.tolist() == [[0.0, float(2**25)]]
     assert total == 2**25
 
@@ -301,8 +334,8 @@ def test_weights_that_are_not_contiguous_are_measured_as_their_copies(backend, v
     with using(backend) as some:
         assert torch.equal(some.assign(weight, boundaries), some.assign(copy, boundaries))
         for one, other in zip(
-            some.measure(weight, codebook, None, 2),
-            some.measure(copy, codebook, None, 2),
+            some.measure_all([weight], codebook, None, 2),
+            some.measure_all([copy], codebook, None, 2),
             strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)  # another order

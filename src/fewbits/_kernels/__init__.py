@@ -11,6 +11,7 @@ from types import ModuleType
 from . import _eager
 from ._eager import PIECE as PIECE
 from ._eager import Measures as Measures
+from ._eager import Weights as Weights
 from ._eager import accumulate as accumulate
 from ._eager import assign_pieces as assign_pieces
 from ._eager import compute_dtype as compute_dtype
@@ -31,9 +32,9 @@ _made = _cpu or _eager
 
 assign = _made.assign
 cluster_sums = _made.cluster_sums
-measure = _made.measure
-move = _made.move
-pull = _made.pull
+measure_all = _made.measure_all
+move_all = _made.move_all
+pull_all = _made.pull_all
 snap = _made.snap
 std = _made.std
 

@@ -10,6 +10,8 @@ number of threads shows in no bit of a result.
 import math
 import os
 import struct
+from array import array
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -21,7 +23,7 @@ from . import _eager, _native  # pyright: ignore[reportAttributeAccessIssue]  # 
 MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS = range(7)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int32: 4}
 _WEIGHTS = frozenset([torch.float32, torch.bfloat16, torch.float16])
-_JOB = struct.Struct("@7P7qd")
+_CALL = struct.Struct("@7P8q")
 
 MOST_VALUES = 1 << 16  # an index takes 16 bits
 
@@ -43,11 +45,11 @@ def _parts(groups: int, members: int, k: int) -> int:
     return max(1, min(MOST_PARTS, groups, groups * members // size))
 
 
-def _run(operation: int, jobs: bytes, parts: int, weights: int) -> None:
-    """Run an operation over all parts of all jobs, on as many threads as torch uses."""
+def _run(operation: int, call: bytes, parts: int, weights: int) -> None:
+    """Run an operation over all parts of all weights, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), parts)
     if threads == 1 or weights < ALONE:
-        _native.run(operation, jobs, 0, parts)
+        _native.run(operation, call, 0, parts)
         return
     workers = _workers.get(threads)
     if workers is None:
@@ -59,7 +61,7 @@ def _run(operation: int, jobs: bytes, parts: int, weights: int) -> None:
     def work() -> None:
         for first, last in ranges:  # under the GIL, so that each range is taken once
             if first < last:
-                _native.run(operation, jobs, first, last)
+                _native.run(operation, call, first, last)
 
     others = [workers.submit(work) for _ in range(threads - 1)]
     work()
@@ -67,14 +69,96 @@ def _run(operation: int, jobs: bytes, parts: int, weights: int) -> None:
         other.result()
 
 
-def _fits(k: int, weight: Tensor, *others: Tensor) -> bool:
-    """Whether the compiled kernels can take a weight and what is shaped like it."""
+class _Table:
+    """The addresses and parts of weights that one call works on, of one type, contiguous."""
+
+    def __init__(self, weights: Sequence[Tensor], k: int):
+        self.weights, self.k = weights, k
+        self.type = _TYPES[weights[0].dtype]
+        self.parts = self.slots = self.rows = self.size = 0
+        entries = array("q")
+        for weight in weights:
+            groups, members = weight.shape
+            parts = _parts(groups, members, k)
+            entries.extend(
+                (weight.data_ptr(), groups, members, parts, self.rows, self.slots, self.parts)
+            )
+            self.parts += parts
+            self.slots += parts if groups == 1 else groups
+            self.rows += groups
+            self.size += weight.numel()
+        self.entries = entries
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], k: int) -> "_Table | None":
+        """Return the table for these weights, kept where they are `Weights`; None if unfit."""
+        if not isinstance(weights, _eager.Weights):
+            return cls(weights, k) if _fit(k, weights) else None
+        if weights.prepared is None:
+            weights.prepared = {}
+        if k not in weights.prepared:
+            weights.prepared[k] = cls(tuple(weights), k) if _fit(k, weights) else None
+        return weights.prepared[k]
+
+    def run(
+        self,
+        operation: int,
+        *,
+        codebook: Tensor | None = None,
+        boundaries: Tensor | None = None,
+        outs: Sequence[Tensor] | None = None,
+        power: int = 1,
+        amounts: Tensor | None = None,
+    ) -> Tensor:
+        """Run an operation on all weights; return totals, counts and sums where it makes them."""
+        boundaries = None if boundaries is None else _narrow(boundaries)
+        # Where no representative is needed, any numbers will do.
+        codebook = torch.zeros(self.rows, self.k) if codebook is None else codebook.contiguous()
+        addresses = None if outs is None else array("q", [out.data_ptr() for out in outs])
+        summed = operation in (MEASURE, SUMS, MOVE, MOMENTS)
+        count = len(self.weights)
+        sizes = (2 * self.parts + 2 * self.slots * self.k, 2 * count + 2 * self.rows * self.k)
+        work, results = (torch.empty(n if summed else 0, dtype=torch.float64) for n in sizes)
+        call = _CALL.pack(
+            self.entries.buffer_info()[0],
+            0 if addresses is None else addresses.buffer_info()[0],
+            codebook.data_ptr(),
+            0 if boundaries is None else boundaries.data_ptr(),
+            0 if amounts is None else amounts.data_ptr(),
+            work.data_ptr() if summed else 0,
+            results.data_ptr() if summed else 0,
+            count,
+            self.type,
+            0 if outs is None else _TYPES[outs[0].dtype],
+            self.k,
+            power,
+            self.parts,
+            self.slots,
+            self.rows,
+        )
+        _run(operation, call, self.parts, self.size)
+        if summed:
+            _native.combine(operation, call)
+        return results
+
+    def sums(self, results: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the counts and sums, (R, K) each, of what `run` returned."""
+        both = results[2 * len(self.weights) :].view(2, self.rows, self.k)
+        return both[0], both[1]
+
+
+def _fit(k: int, tensors: Sequence[Tensor]) -> bool:
+    """Whether the compiled kernels can take these weights, or what is shaped like them, at once."""
     return (
-        weight.numel() > 0
+        len(tensors) > 0
         and k <= MOST_VALUES
         and all(
-            t.dtype in _WEIGHTS and t.device.type == "cpu" and t.is_contiguous() and not t.is_neg()
-            for t in (weight, *others)
+            t.dtype is tensors[0].dtype
+            and t.dtype in _WEIGHTS
+            and t.device.type == "cpu"
+            and t.is_contiguous()
+            and not t.is_neg()
+            for t in tensors
         )
     )
 
@@ -88,84 +172,25 @@ def _narrow(boundaries: Tensor) -> Tensor:
     return torch.where(near.double() > boundaries, below, near).contiguous()
 
 
-class _Job:
-    """One weight's row in the table of jobs, with the tensors it points to kept alive."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        k: int,
-        *,
-        codebook: Tensor | None = None,
-        boundaries: Tensor | None = None,
-        out: Tensor | None = None,
-        power: int = 1,
-        amount: float = 0.0,
-        summed: bool = False,
-    ):
-        groups, members = weight.shape
-        self.groups, self.weights = groups, groups * members
-        self.parts = _parts(groups, members, k)
-        boundaries = None if boundaries is None else _narrow(boundaries)
-        # Where no representative is needed, any numbers will do.
-        codebook = torch.zeros(groups, k) if codebook is None else codebook.contiguous()
-        rows = (self.parts if groups == 1 else groups) if summed else 0
-        # Counts, sums and totals: one tensor, since making one takes longer than a small layer.
-        self.results = torch.zeros(2 * rows * k + 2 * self.parts, dtype=torch.float64)
-        self.k, self.rows = k, rows
-        self.kept = (weight, boundaries, codebook, out)
-        address = self.results.data_ptr()
-        self.packed = _JOB.pack(
-            weight.data_ptr(),
-            0 if out is None else out.data_ptr(),
-            codebook.data_ptr(),
-            0 if boundaries is None else boundaries.data_ptr(),
-            address + 16 * self.parts if summed else 0,
-            address + 16 * self.parts + 8 * rows * k if summed else 0,
-            address,
-            _TYPES[weight.dtype],
-            0 if out is None else _TYPES[out.dtype],
-            groups,
-            members,
-            k,
-            power,
-            self.parts,
-            amount,
-        )
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """Return the counts and sums, (G, K) each."""
-        both = self.results[2 * self.parts :].view(2, self.rows, self.k)
-        counts, sums = (both if self.rows == self.groups else both[:, : self.groups]).unbind(0)
-        return counts, sums
-
-
-def _do(operation: int, *jobs: _Job) -> None:
-    """Run one operation over all jobs together, on as many threads as torch uses."""
-    table = b"".join([job.packed for job in jobs])
-    parts = sum(job.parts for job in jobs)
-    _run(operation, table, parts, sum(job.weights for job in jobs))
-    if operation == MEASURE or parts > len(jobs):
-        _native.combine(operation, table)
-
-
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.assign`."""
     k = boundaries.shape[1] + 1
-    if not _fits(k, weight):
+    table = _Table.of([weight], k)
+    if table is None:
         return _eager.assign(weight, boundaries)
     indices = torch.empty(weight.shape, dtype=_eager.index_dtype(k))
-    _do(ASSIGN, _Job(weight, k, boundaries=boundaries, out=indices))
+    table.run(ASSIGN, boundaries=boundaries, outs=[indices])
     return indices
 
 
 def snap(weight: Tensor, codebook: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.snap`."""
-    if not _fits(codebook.shape[1], weight):
+    table = _Table.of([weight], codebook.shape[1])
+    if table is None:
         return _eager.snap(weight, codebook, boundaries)
     snapped = torch.empty_like(weight)
     values = codebook.to(weight.dtype).float()
-    _do(SNAP, _Job(weight, values.shape[1], codebook=values, boundaries=boundaries, out=snapped))
+    table.run(SNAP, codebook=values, boundaries=boundaries, outs=[snapped])
     return snapped
 
 
@@ -173,82 +198,66 @@ def cluster_sums(
     values: Tensor, weight: Tensor, boundaries: Tensor, power: int = 1
 ) -> tuple[Tensor, Tensor]:
     """See `_eager.cluster_sums`."""
-    k = boundaries.shape[1] + 1
-    if not _fits(k, weight, values):
+    table = _Table.of([weight], boundaries.shape[1] + 1)
+    if table is None or not _fit(1, [values]):
         return _eager.cluster_sums(values, weight, boundaries, power)
-    job = _Job(weight, k, boundaries=boundaries, out=values, power=power, summed=True)
-    _do(SUMS, job)
-    return job.sums()
+    return table.sums(table.run(SUMS, boundaries=boundaries, outs=[values], power=power))
 
 
-def measure(
-    weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int
+def measure_all(
+    weights: Sequence[Tensor], codebook: Tensor, boundaries: Tensor | None, power: int
 ) -> _eager.Measures:
-    """See `_eager.measure`."""
-    if not _fits(codebook.shape[1], weight) or codebook.dtype != torch.float32:
-        return _eager.measure(weight, codebook, boundaries, power)
-    job = _Job(
-        weight,
-        codebook.shape[1],
-        codebook=codebook,
-        boundaries=boundaries,
-        power=power,
-        summed=True,
-    )
-    _do(MEASURE, job)
-    return job.results[0], job.results[1], *job.sums()
+    """See `_eager.measure_all`."""
+    table = _Table.of(weights, codebook.shape[1]) if codebook.dtype == torch.float32 else None
+    if table is None:
+        return _eager.measure_all(weights, codebook, boundaries, power)
+    results = table.run(MEASURE, codebook=codebook, boundaries=boundaries, power=power)
+    count = len(weights)
+    return results[:count], results[count : 2 * count], *table.sums(results)
 
 
-def pull(
-    out: Tensor,
-    weight: Tensor,
+def pull_all(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
     codebook: Tensor,
     boundaries: Tensor | None,
     power: int,
-    factor: float,
+    factors: Tensor,
 ) -> None:
-    """See `_eager.pull`."""
-    if not _fits(codebook.shape[1], weight, out) or codebook.dtype != torch.float32:
-        _eager.pull(out, weight, codebook, boundaries, power, factor)
+    """See `_eager.pull_all`."""
+    table = _Table.of(weights, codebook.shape[1]) if codebook.dtype == torch.float32 else None
+    if table is None or not _fit(1, outs):
+        _eager.pull_all(outs, weights, codebook, boundaries, power, factors)
         return
-    job = _Job(
-        weight,
-        codebook.shape[1],
-        codebook=codebook,
-        boundaries=boundaries,
-        out=out,
-        power=power,
-        amount=factor,
+    table.run(
+        PULL, codebook=codebook, boundaries=boundaries, outs=outs, power=power, amounts=factors
     )
-    _do(PULL, job)
 
 
-def move(
-    weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int, amount: float
-) -> None:
-    """See `_eager.move`."""
-    if not _fits(codebook.shape[1], weight) or codebook.dtype != torch.float32:
-        _eager.move(weight, codebook, boundaries, power, amount)
-        return
-    job = _Job(
-        weight,
-        codebook.shape[1],
-        codebook=codebook,
-        boundaries=boundaries,
-        out=weight,
-        power=power,
-        amount=amount,
+def move_all(
+    weights: Sequence[Tensor],
+    codebook: Tensor,
+    boundaries: Tensor | None,
+    power: int,
+    amounts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See `_eager.move_all`."""
+    table = _Table.of(weights, codebook.shape[1]) if codebook.dtype == torch.float32 else None
+    if table is None:
+        return _eager.move_all(weights, codebook, boundaries, power, amounts)
+    results = table.run(
+        MOVE, codebook=codebook, boundaries=boundaries, outs=weights, power=power, amounts=amounts
     )
-    _do(MOVE, job)
+    torch.autograd.graph.increment_version(weights)  # as torch does where it writes
+    return table.sums(results)
 
 
 def std(weight: Tensor) -> Tensor:
     """See `_eager.std`."""
-    if not _fits(1, weight):
+    table = _Table.of([weight.reshape(1, -1)], 1) if weight.is_contiguous() else None
+    if table is None:
         return _eager.std(weight)
-    job = _Job(weight.view(1, -1), 1)
-    _do(MOMENTS, job)
-    total, squares = job.results[:2].tolist()
+    total, squares = table.run(MOMENTS)[:2].tolist()
     size = weight.numel()
     spread = squares / size - (total / size) ** 2
     return torch.tensor(math.sqrt(spread) if spread > 0 else spread * 0)

@@ -4,17 +4,30 @@ All work on a weight viewed as (G, n), G groups that each have a codebook of K v
 piece by piece: no tensor of G x n x K elements exists, and a piece's temporaries stay in cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# What `measure` returns.
+# What `measure_all` returns.
 Measures = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Weights per piece. Measured with K = 16 on one core: 2^14 costs 4.9 ns a weight (call overhead),
 # 2^16 3.8, 2^18 3.5 but four times the temporaries.
 PIECE = 1 << 16
+
+
+class Weights(tuple[Tensor, ...]):
+    """Weights that are worked on together time and again, (G_i, n_i) each.
+
+    Any sequence of tensors does in its place.
+
+    Attributes:
+        prepared: what an implementation keeps of them, such as their addresses.
+    """
+
+    prepared: Any = None
 
 
 def index_dtype(k: int) -> torch.dtype:
@@ -279,85 +292,126 @@ def cluster_sums(
     return counts, sums
 
 
-def measure(weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int) -> Measures:
-    """Assign the weights and sum their distances to the representatives, in one pass.
+def _row_slices(weights: Sequence[Tensor]) -> Iterator[slice]:
+    """Yield each weight's rows of what is stacked for all of them."""
+    first = 0
+    for weight in weights:
+        yield slice(first, first + len(weight))
+        first += len(weight)
 
-    With d = weight - representative, in the precision of `compute_dtype`:
+
+def _distances(
+    weight: Tensor, codebook: Tensor, boundaries: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Yield rows, columns, indices and weight - representative, piece by piece."""
+    boundaries = midpoints(codebook) if boundaries is None else boundaries
+    for rows, columns, indices in assign_pieces(weight, boundaries):
+        nearest = gather(codebook, indices, rows.start)
+        yield rows, columns, indices, weight[rows, columns].to(codebook.dtype) - nearest
+
+
+def measure_all(
+    weights: Sequence[Tensor], codebook: Tensor, boundaries: Tensor | None, power: int
+) -> Measures:
+    """Assign L weights and sum their distances to the representatives, in one pass.
+
+    With d = weight - representative, in the precision of `codebook`:
 
     Args:
-        weight: (G, n) floating point.
-        codebook: (G, K) ascending.
-        boundaries: (G, K - 1) ascending; None for the midpoints.
+        weights: (G_i, n_i) each, floating point, all on one device.
+        codebook: (R, K) ascending; R = sum of G_i: the first weight's rows, then the second's, …
+        boundaries: (R, K - 1) ascending; None for the midpoints.
         power: 1 or 2.
 
     Returns:
-        the sum of |d|^power over all weights and the sum of their squared deviations from their
-        mean, 0-d float64; the members of each cluster and their sum of sgn(d) |d|^(power - 1),
-        each (G, K) float64.
+        each weight's sum of |d|^power and its sum of squared deviations from its mean, (L,)
+        float64; the members of each cluster and their sum of sgn(d) |d|^(power - 1), (R, K)
+        float64.
     """
-    boundaries = midpoints(codebook) if boundaries is None else boundaries
-    k = codebook.shape[1]
-    total = torch.zeros((), dtype=torch.float64, device=weight.device)
-    counts = torch.zeros(codebook.shape, dtype=torch.float64, device=weight.device)
+    device = codebook.device
+    totals = torch.zeros(len(weights), dtype=torch.float64, device=device)
+    spreads = torch.zeros_like(totals)
+    counts = torch.zeros(codebook.shape, dtype=torch.float64, device=device)
     sums = torch.zeros_like(counts)
-    for rows, columns, indices in assign_pieces(weight, boundaries):
-        distance = weight[rows, columns].to(codebook.dtype) - gather(codebook, indices, rows.start)
-        if power == 2:
-            total += distance.reshape(-1).double().square().sum()
-        else:
-            total += distance.abs().sum(dtype=torch.float64)
-            distance = distance.sign()
-        some_counts, some_sums = accumulate(distance, indices, k)
-        counts[rows] += some_counts
-        sums[rows] += some_sums
-    return total, std(weight).double().square() * weight.numel(), counts, sums
+    for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
+        some_boundaries = None if boundaries is None else boundaries[own]
+        for rows, _, indices, distance in _distances(weight, codebook[own], some_boundaries):
+            if power == 2:
+                totals[i] += distance.reshape(-1).double().square().sum()
+            else:
+                totals[i] += distance.abs().sum(dtype=torch.float64)
+                distance = distance.sign()
+            some_counts, some_sums = accumulate(distance, indices, codebook.shape[1])
+            counts[own][rows] += some_counts
+            sums[own][rows] += some_sums
+        if weight.numel():
+            spreads[i] = std(weight).double().square() * weight.numel()
+    return totals, spreads, counts, sums
 
 
-def pull(
-    out: Tensor,
-    weight: Tensor,
+def pull_all(
+    outs: Sequence[Tensor],
+    weights: Sequence[Tensor],
     codebook: Tensor,
     boundaries: Tensor | None,
     power: int,
-    factor: float,
+    factors: Tensor,
 ) -> None:
-    """In place: add factor x sgn(d) |d|^(power - 1) to `out`, d = weight - representative.
+    """In place: add factor x sgn(d) |d|^(power - 1) to each `out`, d = weight - representative.
 
     Args:
-        out: (G, n) floating point; computed in the precision of `compute_dtype`.
-        weight: (G, n) floating point.
-        codebook: (G, K) ascending.
-        boundaries: (G, K - 1) ascending; None for the midpoints.
+        outs: shaped as their weights, or of any shape where contiguous; floating point.
+        weights: as in `measure_all`.
+        codebook: as in `measure_all`.
+        boundaries: as in `measure_all`.
         power: 1 or 2.
-        factor: what multiplies; power / (N std^power) x strength makes it the penalty's gradient.
+        factors: (L,) float64, on the weights' device: what multiplies;
+            power / (N std^power) x strength makes it the penalty's gradient.
     """
-    boundaries = midpoints(codebook) if boundaries is None else boundaries
-    for rows, columns, indices in assign_pieces(weight, boundaries):
-        distance = weight[rows, columns].to(codebook.dtype) - gather(codebook, indices, rows.start)
-        out[rows, columns] += (distance if power == 2 else distance.sign()).mul_(factor)
+    for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
+        out = outs[i].view(weight.shape)
+        some_boundaries = None if boundaries is None else boundaries[own]
+        for rows, columns, _, distance in _distances(weight, codebook[own], some_boundaries):
+            out[rows, columns] += (distance if power == 2 else distance.sign()).mul_(factors[i])
 
 
-def move(
-    weight: Tensor, codebook: Tensor, boundaries: Tensor | None, power: int, amount: float
-) -> None:
+def move_all(
+    weights: Sequence[Tensor],
+    codebook: Tensor,
+    boundaries: Tensor | None,
+    power: int,
+    amounts: Tensor,
+) -> tuple[Tensor, Tensor]:
     """In place: move each weight towards its representative, never past it.
 
     Args:
-        weight: (G, n) floating point.
-        codebook: (G, K) ascending.
-        boundaries: (G, K - 1) ascending; None for the midpoints.
+        weights: as in `measure_all`.
+        codebook: as in `measure_all`.
+        boundaries: as in `measure_all`.
         power: 2 moves by the share `amount` of the way, 1 by `amount` until it arrives.
-        amount: at least 0; in the weights' units where `power` is 1.
+        amounts: (L,) float64, on the weights' device, at least 0; in the weights' units where
+            `power` is 1.
+
+    Returns:
+        the members of each cluster and the sum of weight - representative that they are left at,
+        before rounding to a narrower type; (R, K) float64.
     """
-    boundaries = midpoints(codebook) if boundaries is None else boundaries
-    for rows, columns, indices in assign_pieces(weight, boundaries):
-        part = weight[rows, columns].to(codebook.dtype)
-        nearest = gather(codebook, indices, rows.start)
-        if power == 2:
-            moved = torch.lerp(part, nearest, amount)
-        else:
-            moved = nearest + torch.nn.functional.softshrink(part - nearest, amount)
-        weight[rows, columns] = moved.to(weight.dtype)
+    counts = torch.zeros(codebook.shape, dtype=torch.float64, device=codebook.device)
+    left = torch.zeros_like(counts)
+    for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
+        amount = amounts[i].to(codebook.dtype)
+        some_boundaries = None if boundaries is None else boundaries[own]
+        for rows, columns, indices, distance in _distances(weight, codebook[own], some_boundaries):
+            nearest = gather(codebook[own], indices, rows.start)
+            if power == 2:
+                moved = torch.lerp(weight[rows, columns].to(codebook.dtype), nearest, amount)
+            else:
+                moved = nearest + (distance - distance.clamp(-amount, amount))
+            weight[rows, columns] = moved.to(weight.dtype)
+            some_counts, some_left = accumulate(moved - nearest, indices, codebook.shape[1])
+            counts[own][rows] += some_counts
+            left[own][rows] += some_left
+    return counts, left
 
 
 def std(weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 /* Compiled twin of _eager.py, which defines what each operation does; called by _cpu.py.
  *
- * A call runs one operation over a table of jobs, one a weight. Jobs are cut into parts by their
- * shape alone, so that sums are formed in the same order on any number of threads. Addresses come
- * from the caller, who answers for their sizes; the loops run without the GIL.
+ * A call runs one operation over a table of weights. Each is cut into parts by its shape alone, so
+ * that sums are formed in the same order on any number of threads. Addresses come from the caller,
+ * who answers for their sizes; the loops run without the GIL.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -27,14 +27,34 @@
 enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
 enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
 
-/* Field by field what `_cpu._JOB` packs. */
+/* One weight's row of the table that `_cpu._Table` fills. */
 typedef struct {
-    const void *weight;      /* (groups, members) contiguous, of `type` */
-    void *out;               /* the same shape, of `out_type` */
-    const float *codebook;   /* (groups, k) ascending */
-    const float *boundaries; /* (groups, k - 1) ascending; NULL for midpoints */
-    double *counts, *sums;   /* (parts, k) where there is one group, else (groups, k) */
-    double *totals;          /* (parts, 2): the penalty and, once combined, squared deviations */
+    const void *weight; /* (groups, members) contiguous, of the call's `type` */
+    int64_t groups, members, parts;
+    int64_t row;    /* its first row of the codebook: the groups of the weights before it */
+    int64_t slot;   /* its first row of the work space */
+    int64_t before; /* parts of the weights before it */
+} Entry;
+
+/* Field by field what `_cpu._CALL` packs. */
+typedef struct {
+    const Entry *entries;
+    void *const *outs;       /* one a weight, of `out_type`, contiguous; NULL for none */
+    const float *codebook;   /* (rows, k) ascending */
+    const float *boundaries; /* (rows, k - 1) ascending; NULL for midpoints */
+    const double *amounts;   /* one a weight; NULL where none is needed */
+    double *work;            /* (parts, 2) totals, (slots, k) counts and (slots, k) sums */
+    double *results;         /* (2, count) totals, (rows, k) counts and (rows, k) sums */
+    int64_t count, type, out_type, k, power, parts, slots, rows;
+} Call;
+
+/* One weight with all that the passes need. */
+typedef struct {
+    const void *weight;
+    void *out;
+    const float *codebook, *boundaries;
+    double *counts, *sums; /* (parts, k) where there is one group, else (groups, k) */
+    double *totals;        /* (parts, 2): the penalty and, once combined, squared deviations */
     int64_t type, out_type, groups, members, k, power, parts;
     double amount;
 } Job;
@@ -201,7 +221,7 @@ static void run_part(int operation, const Job *job, int64_t part, Search *s, Sum
         row = 0;
     }
     double total[8] = {0}, squares[8] = {0};
-    int summed = operation == MEASURE || operation == SUMS;
+    int summed = operation == MEASURE || operation == SUMS || operation == MOVE;
     for (int64_t stop = row + rows < job->groups ? row + rows : job->groups; row < stop; row++) {
         int64_t left = job->members - from, n = left < columns ? left : columns;
         int64_t at = row * job->members + from;
@@ -215,46 +235,58 @@ static void run_part(int operation, const Job *job, int64_t part, Search *s, Sum
         int64_t to = (job->groups == 1 ? part : row) * job->k;
         if (summed) write_sums(&sums, job->k, job->counts + to, job->sums + to);
     }
-    if (operation == MEASURE || operation == MOMENTS)
+    if (operation == MEASURE || operation == MOMENTS) {
+        double *to = job->totals + 2 * part;
+        to[0] = to[1] = 0;
         for (int l = 0; l < 8; l++) {
-            job->totals[2 * part] += total[l];
-            job->totals[2 * part + 1] += squares[l];
+            to[0] += total[l];
+            to[1] += squares[l];
         }
+    }
 }
 
-/* Run the parts `first` … `last` - 1 of all jobs together; 0 where memory is short. */
-static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t first,
-                     int64_t last) {
-    Search s = {0};
-    Sums sums = {0};
+static Job job_of(const Call *call, int64_t i) {
+    const Entry *e = call->entries + i;
+    Job job = {
+        .weight = e->weight,
+        .out = call->outs ? call->outs[i] : NULL,
+        .codebook = call->codebook ? call->codebook + e->row * call->k : NULL,
+        .boundaries = call->boundaries ? call->boundaries + e->row * (call->k - 1) : NULL,
+        .type = call->type,
+        .out_type = call->out_type,
+        .groups = e->groups,
+        .members = e->members,
+        .k = call->k,
+        .power = call->power,
+        .parts = e->parts,
+        .amount = call->amounts ? call->amounts[i] : 0,
+    };
+    if (call->work) {
+        job.totals = call->work + 2 * e->before;
+        job.counts = call->work + 2 * call->parts + e->slot * call->k;
+        job.sums = job.counts + call->slots * call->k;
+    }
+    return job;
+}
+
+/* Run the parts `first` … `last` - 1 of all weights together; 0 where memory is short. */
+static int run_parts(int operation, const Call *call, int64_t first, int64_t last) {
+    Search s = {.k = call->k};
+    Sums sums = {.single = malloc(8 * call->k * sizeof(Pair))};
     Pairs pairs;
-    int ok = 1;
-    for (Py_ssize_t j = 0; j < count && first < last; j++) {
-        const Job *job = jobs + j;
-        if (first >= job->parts) {
-            first -= job->parts;
-            last -= job->parts;
-            continue;
-        }
-        if (job->k > s.k) {
-            free(s.boundaries);
-            free(s.below);
-            free(sums.single);
-            s.boundaries = malloc(job->k * sizeof(float));
-            s.below = malloc(most_cells(job->k) * sizeof(uint16_t));
-            sums.single = malloc(8 * job->k * sizeof(Pair));
-            if (!s.boundaries || !s.below || !sums.single) {
-                ok = 0;
-                break;
-            }
-        }
-        int64_t most = s.k > job->k ? s.k : job->k;
-        s.k = job->k;
-        for (; first < last && first < job->parts; first++)
-            run_part(operation, job, first, &s, sums, &pairs);
-        s.k = most;
-        first -= job->parts;
-        last -= job->parts;
+    s.boundaries = malloc(call->k * sizeof(float));
+    s.below = malloc(most_cells(call->k) * sizeof(uint16_t));
+    int ok = s.boundaries && s.below && sums.single;
+    int64_t low = 0, high = call->count; /* the weight that has part `first`: the last to begin */
+    while (high - low > 1) {
+        int64_t middle = low + (high - low) / 2;
+        if (call->entries[middle].before <= first) low = middle;
+        else high = middle;
+    }
+    for (int64_t i = low; ok && i < call->count && first < last; i++) {
+        Job job = job_of(call, i);
+        for (; first < last && first < call->entries[i].before + job.parts; first++)
+            run_part(operation, &job, first - call->entries[i].before, &s, sums, &pairs);
     }
     free(s.boundaries);
     free(s.below);
@@ -262,27 +294,28 @@ static int run_parts(int operation, const Job *jobs, Py_ssize_t count, int64_t f
     return ok;
 }
 
-static PyObject *run_jobs(PyObject *self, PyObject *args) {
-    Py_buffer jobs;
+static PyObject *run_call(PyObject *self, PyObject *args) {
+    Py_buffer call;
     int operation, ok;
     long long first, last;
-    if (!PyArg_ParseTuple(args, "iy*LL", &operation, &jobs, &first, &last)) return NULL;
+    if (!PyArg_ParseTuple(args, "iy*LL", &operation, &call, &first, &last)) return NULL;
     Py_BEGIN_ALLOW_THREADS
-    ok = run_parts(operation, jobs.buf, jobs.len / (Py_ssize_t)sizeof(Job), first, last);
+    ok = run_parts(operation, call.buf, first, last);
     Py_END_ALLOW_THREADS
-    PyBuffer_Release(&jobs);
+    PyBuffer_Release(&call);
     if (!ok) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
 /* Add the later parts' sums and totals to the first, in order. */
-static void add_parts(const Job *job) {
+static void add_parts(int operation, const Job *job) {
     for (int64_t part = 1; part < job->parts; part++) {
-        for (int64_t j = 0; job->counts && job->groups == 1 && j < job->k; j++) {
+        for (int64_t j = 0; operation != MOMENTS && job->groups == 1 && j < job->k; j++) {
             job->counts[j] += job->counts[part * job->k + j];
             job->sums[j] += job->sums[part * job->k + j];
         }
-        for (int t = 0; t < 2; t++) job->totals[t] += job->totals[2 * part + t];
+        for (int t = 0; (operation == MEASURE || operation == MOMENTS) && t < 2; t++)
+            job->totals[t] += job->totals[2 * part + t];
     }
 }
 
@@ -294,6 +327,7 @@ static void add_parts(const Job *job) {
 static double deviations(const Job *job) {
     double size = (double)job->groups * (double)job->members, mean = 0, spread = job->totals[0];
     int64_t count = job->groups * job->k;
+    if (size == 0) return 0;
     if (job->power == 2) {
         for (int64_t j = 0; j < count; j++)
             mean += job->codebook[j] * job->counts[j] + job->sums[j];
@@ -312,16 +346,27 @@ static double deviations(const Job *job) {
     return spread < 0 ? 0 : spread;
 }
 
-/* Finish jobs of which all parts have run. */
+/* Write the results of a call of which all parts have run. */
 static PyObject *combine(PyObject *self, PyObject *args) {
     Py_buffer buffer;
     int operation;
     if (!PyArg_ParseTuple(args, "iy*", &operation, &buffer)) return NULL;
-    const Job *jobs = buffer.buf;
+    const Call *call = buffer.buf;
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t i = 0; i < buffer.len / (Py_ssize_t)sizeof(Job); i++) {
-        add_parts(jobs + i);
-        if (operation == MEASURE) jobs[i].totals[1] = deviations(jobs + i);
+    double *counts = call->results + 2 * call->count, *sums = counts + call->rows * call->k;
+    for (int64_t i = 0; i < call->count; i++) {
+        Job job = job_of(call, i);
+        int64_t at = call->entries[i].row * call->k, size = job.groups * job.k * sizeof(double);
+        add_parts(operation, &job);
+        if (operation == MEASURE) job.totals[1] = deviations(&job);
+        if (operation == MEASURE || operation == MOMENTS) {
+            call->results[i] = job.totals[0];
+            call->results[call->count + i] = job.totals[1];
+        }
+        if (operation != MOMENTS) {
+            memcpy(counts + at, job.counts, size);
+            memcpy(sums + at, job.sums, size);
+        }
     }
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&buffer);
@@ -337,7 +382,7 @@ static PyObject *use_simd(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"run", run_jobs, METH_VARARGS, NULL},
+    {"run", run_call, METH_VARARGS, NULL},
     {"combine", combine, METH_VARARGS, NULL},
     {"use_simd", use_simd, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -133,6 +133,7 @@ def passes(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
     """
     torch.manual_seed(0)
     weight, gradient = torch.randn(1, weights) * 0.05, torch.zeros(1, weights)
+    factor = torch.tensor([1e-9], dtype=torch.float64)
 
     def once() -> None:
         gradient.mul_(0.5)
@@ -143,8 +144,8 @@ def passes(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
             codebook = initial_codebook(weight, k, "quantile")
 
             def penalty(backend: Any = backend, codebook: Tensor = codebook) -> None:
-                backend.measure(weight, codebook, None, 2)
-                backend.pull(gradient, weight, codebook, None, 2, 1e-9)
+                backend.measure_all([weight], codebook, None, 2)
+                backend.pull_all([gradient], [weight], codebook, None, 2, factor)
 
             rows.append({"what": f"penalty, {name}", "k": k, **_in_turn(once, penalty, pairs)})
     for k in sizes:
