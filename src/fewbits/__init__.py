@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import compressed as compressed
 from . import regularizers as regularizers
 from . import schedules as schedules
 from ._allocate import allocate as allocate
@@ -10,11 +11,11 @@ from ._errors import CodebookError as CodebookError
 from ._errors import FewbitsError as FewbitsError
 from ._errors import FileError as FileError
 from ._errors import PlanError as PlanError
-from ._file import load as load
 from ._file import save as save
 from ._finetune import finetune_codebooks as finetune_codebooks
 from ._finetune import reestimate_batch_norm as reestimate_batch_norm
 from ._gap import Gap as Gap
+from ._loading import load as load
 from ._plan import Plan as Plan
 from ._plan import plan as plan
 from ._pull import Penalty as Penalty
@@ -35,6 +36,7 @@ __all__ = [
     "Proximal",
     "Summary",
     "allocate",
+    "compressed",
     "finetune_codebooks",
     "load",
     "plan",

@@ -7,6 +7,9 @@ from ._coders import Choice as Choice
 from ._format import NAMES as NAMES
 from ._format import Header as Header
 from ._format import dtype_name as dtype_name
+from ._load import Reader as Reader
+from ._load import check_tied as check_tied
+from ._load import find_targets as find_targets
 from ._load import load as load
 from ._load import reading as reading
 from ._parallel import Progress as Progress

@@ -86,21 +86,41 @@ def decode(
     Raises:
         ValueError: if the stream is not one of such a tensor.
     """
-    elements = math.prod(shape)
     groups, k = codebook.shape
-    width = (k - 1).bit_length()
     where = layout(shape, axis, groups)
     book = np.ascontiguousarray(codebook).reshape(-1)
     if coder == "rans":
-        indices = _decode_rans(stream, shape, k)
-        _symbols.expand(indices, where, k, book, out)
+        _symbols.expand(_decode_rans(stream, shape, k), where, k, book, out)
         return
+    packed, width = _fixed_width(coder, stream, math.prod(shape), k)
+    _symbols.unpack_expand(packed, width, where, k, book, out)
+
+
+def decode_indices(coder: str, stream: memoryview, shape: tuple[int, ...], k: int) -> Array:
+    """Return (N,) uint16, the indices of a stream's elements; see `decode`.
+
+    Raises:
+        ValueError: if the stream is not one of such a tensor.
+    """
+    if coder == "rans":
+        indices = _decode_rans(stream, shape, k)
+    else:
+        packed, width = _fixed_width(coder, stream, math.prod(shape), k)
+        indices = np.empty(math.prod(shape), np.uint16)
+        _symbols.unpack(packed, width, indices)
+    if int(indices.max()) >= k:
+        raise ValueError(f"index {int(indices.max()):,} into {k:,} values")
+    return indices
+
+
+def _fixed_width(coder: str, stream: memoryview, elements: int, k: int) -> tuple[Array, int]:
+    """Return the packed indices of a stream, and their width."""
+    width = (k - 1).bit_length()
     size = -(-elements * width // 8)
     data = _unzipped(stream, size) if coder == "zstd" else stream[:size]
     if len(data) != size:
         raise ValueError(f"{len(data):,} bytes of indices where {size:,} are due")
-    packed = np.frombuffer(data, np.uint8)
-    _symbols.unpack_expand(packed, width, where, k, book, out)
+    return np.frombuffer(data, np.uint8), width
 
 
 def _pack(found: Indexed) -> bytes:

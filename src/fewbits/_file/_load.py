@@ -1,7 +1,6 @@
 """From a file to tensors: nothing is believed before it is checked."""
 
 import itertools
-import math
 import os
 import threading
 import zlib
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._errors import FileError, printable
-from .._indexed import bits_of
+from .._indexed import Indexed, bits_of
 from .._plan import unwrapped
 from . import _coders
 from ._atomic import check_path
@@ -80,19 +79,39 @@ class Reader:
         cast = self.header.cast.get(name)
         return out if cast is None else out.to(DTYPES[cast])
 
-    def _decode(self, name: str, row: Coded, out: NDArray[Any]) -> None:
-        entry, stream = self.header.codebook(name), self.header.indices(name)
-        book = np.empty(math.prod(entry.shape), out.dtype)
-        self._fill(self.header.part(name, "codebook"), entry, book)
-        _check_bool(name, entry.dtype, book)
-        data = np.empty(stream.shape[0], np.uint8)
-        self._fill(self.header.part(name, "indices"), stream, data)
+    def indexed(self, name: str) -> Indexed | None:
+        """Return a clustered tensor as its codebooks and indices; None for any other.
+
+        Raises:
+            Damage: if its bytes are not what the header says.
+        """
+        row = self.header.coded.get(name)
+        if row is None or row.coder == "raw":
+            return None
+        book, stream = self._parts(name, row)
         try:
-            _coders.decode(
-                row.coder, data.data, row.shape, book.reshape(entry.shape), row.axis, out
-            )
+            indices = _coders.decode_indices(row.coder, stream, row.shape, book.shape[1])
         except ValueError as error:
             raise Damage(f"{name}: {error}") from error
+        sizes = np.full(len(book), book.shape[1], np.int64)
+        return Indexed(book, sizes, indices, row.axis, row.shape)
+
+    def _decode(self, name: str, row: Coded, out: NDArray[Any]) -> None:
+        book, stream = self._parts(name, row)
+        try:
+            _coders.decode(row.coder, stream, row.shape, book, row.axis, out)
+        except ValueError as error:
+            raise Damage(f"{name}: {error}") from error
+
+    def _parts(self, name: str, row: Coded) -> tuple[NDArray[Any], memoryview]:
+        """Return a clustered tensor's codebooks, the bits of the values, and its stream."""
+        entry, stream = self.header.codebook(name), self.header.indices(name)
+        book = np.empty(entry.shape, f"<u{DTYPES[row.dtype].itemsize}")
+        self._fill(self.header.part(name, "codebook"), entry, book)
+        _check_bool(name, entry.dtype, book.reshape(-1))
+        data = np.empty(stream.shape[0], np.uint8)
+        self._fill(self.header.part(name, "indices"), stream, data)
+        return book, data.data
 
     def _fill(self, name: str, entry: Entry, out: NDArray[Any]) -> None:
         """Read an entry's bytes into an array of their size."""
@@ -159,25 +178,7 @@ def load(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor] | nn.Module:
-    """Load what `save` wrote, bit for bit.
-
-    Nothing of the file is executed. Every length, checksum and index is checked.
-
-    Args:
-        path: the file.
-        into: a module whose state dict has the same names, shapes and types; its tensors are
-            overwritten in place. All or nothing: the whole file is read and checked before the
-            first of them is touched, and read again after.
-        threads: how many tensors to decode at a time; up to 4 if not given.
-        progress: called with an iterable and its length; returns what to iterate over instead.
-
-    Returns:
-        `into`, or without it the state dict; tied tensors are one tensor there.
-
-    Raises:
-        FileError: if the file cannot be read, is damaged, or does not fit the module; every
-            difference is named.
-    """
+    """Load what `save` wrote, bit for bit; see `fewbits.load`."""
     path, count = Path(path), check_threads(threads)
     with reading(path) as reader:
         names = list(reader.header.tensors())
@@ -186,14 +187,14 @@ def load(
             return _with_aliases(
                 reader.header, zip(names, in_order(reader.tensor, wrapped, count), strict=True)
             )
-        targets = _targets(path, reader.header, unwrapped(into).state_dict())
+        targets = find_targets(path, reader.header, unwrapped(into).state_dict())
         twice = [*names, *names]
         wrapped = iter(progress(twice, len(twice)) if progress else twice)
         # Once to see that all of it is sound, then again for good: two of everything would not
         # fit where one does.
         for _ in in_order(reader.tensor, itertools.islice(wrapped, len(names)), count):
             pass
-        _check_tied(path, reader, targets)
+        check_tied(path, reader, targets)
         with torch.no_grad():
             for name, tensor in zip(names, in_order(reader.tensor, wrapped, count), strict=True):
                 for target in targets[name]:
@@ -208,8 +209,17 @@ def _with_aliases(header: Header, items: Iterable[tuple[str, Tensor]]) -> dict[s
     return {key: tensor for name, tensor in items for key in (name, *others.get(name, ()))}
 
 
-def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, list[Tensor]]:
-    """Return where each stored tensor goes, or refuse a model that differs."""
+def find_targets(
+    path: Path, header: Header, state: dict[str, Any], *, meta: bool = False
+) -> dict[str, list[Tensor]]:
+    """Return where each stored tensor goes, or refuse a model that differs.
+
+    Args:
+        path: for the error.
+        header: the file's.
+        state: the model's state dict.
+        meta: whether its tensors may be without memory.
+    """
     stored = {name: _type_of(header, name) for name in header.tensors()}
     wanted = stored | {alias: stored[name] for alias, name in header.tied.items()}
     there = {
@@ -225,7 +235,7 @@ def _targets(path: Path, header: Header, state: dict[str, Any]) -> dict[str, lis
             differences.append(f"{name} is {dtype} {shape} in the file, {now} {form} in the model")
     differences += [
         f"{name} cannot be written to, {why}" for name, t in state.items()
-        if isinstance(t, Tensor) and (why := _why_fixed(t))
+        if isinstance(t, Tensor) and not (meta and t.is_meta) and (why := _why_fixed(t))
     ]  # fmt: skip
     if differences:
         raise FileError(
@@ -249,14 +259,16 @@ def _why_fixed(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_tied(path: Path, reader: Reader, targets: dict[str, list[Tensor]]) -> None:
+def check_tied(path: Path, reader: Reader, targets: dict[str, list[Tensor]]) -> None:
     """Refuse different values for what is one tensor in the model."""
     owners: dict[int, str] = {}
     for name, tensors in targets.items():
         for target in tensors:
             if not target.numel():
                 continue
-            first = owners.setdefault(target.data_ptr(), name)
+            # Without memory, one tensor is one object.
+            place = id(target) if target.is_meta else target.data_ptr()
+            first = owners.setdefault(place, name)
             if first != name and not (
                 bits_of(reader.tensor(first)).tobytes() == bits_of(reader.tensor(name)).tobytes()
             ):
