@@ -29,6 +29,7 @@ LAYERS = [
     {"_checkpoint"},
     {"_summary"},
     {"_finetune"},
+    {"export"},
     {"report"},
     {"lab"},
     {"_bars"},

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import export as export
 from . import regularizers as regularizers
 from . import schedules as schedules
 from ._clustering import Clustering as Clustering
@@ -33,6 +34,7 @@ __all__ = [
     "PlanError",
     "Proximal",
     "Summary",
+    "export",
     "finetune_codebooks",
     "load",
     "plan",
