@@ -4,8 +4,10 @@ One function a target. Each needs an extra of its own (`pip install 'fewbits[onn
 only when it is called.
 """
 
+from ._coreml import coreml as coreml
 from ._onnx import onnx as onnx
+from ._openvino import openvino as openvino
 from ._result import Exported as Exported
 from ._result import ExportedWeight as ExportedWeight
 
-__all__ = ["Exported", "ExportedWeight", "onnx"]
+__all__ = ["Exported", "ExportedWeight", "coreml", "onnx", "openvino"]

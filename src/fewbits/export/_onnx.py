@@ -61,20 +61,14 @@ def onnx(
         FewbitsError: if onnx, onnxscript or onnxruntime are missing, the file would be above
             2 GiB, or the outputs differ. Nothing is written in any of these cases.
     """
-    if weights not in _WEIGHTS:
-        raise PlanError(f"weights is {weights!r}. Use one of {', '.join(_WEIGHTS)}.")
+    check_weights(weights)
     with needs("onnx"):
         import onnx_ir  # noqa: F401
         import onnxruntime
         import onnxscript  # noqa: F401
     path = Path(path)
     prepared = ready(model, path, example_inputs, overwrite=overwrite)
-    program = _traced(prepared, dynamic_batch, optimize=weights == "dense")
-    if weights == "indices":
-        stored = _with_tables(program, prepared.weights)
-    else:
-        stored = tuple(_dense_row(weight) for weight in prepared.weights)
-    data = _serialized(program.model)
+    data, stored = build(prepared, weights, dynamic_batch)
     compared: tuple[float, float | None] = (0.0, None)
 
     def fill(file: BinaryIO) -> None:
@@ -95,8 +89,26 @@ def onnx(
         examples=len(prepared.inputs[0]),
         difference=compared[0],
         agreement=compared[1],
-        notes=(f"opset {program.model.opset_imports['']}; small on disk: see docs/deploy.md",),
+        notes=(f"opset {OPSET}; small on disk, decoded in memory when a session loads it",),
     )
+
+
+def check_weights(weights: str) -> None:
+    """Refuse an unknown way to store weights."""
+    if weights not in _WEIGHTS:
+        raise PlanError(f"weights is {weights!r}. Use one of {', '.join(_WEIGHTS)}.")
+
+
+def build(
+    prepared: Ready, weights: Weights, dynamic_batch: bool
+) -> tuple[bytes, tuple[ExportedWeight, ...]]:
+    """Return the bytes of an ONNX file, and how each weight is stored in it; see `onnx`."""
+    program = _traced(prepared, dynamic_batch, optimize=weights == "dense")
+    if weights == "indices":
+        stored = _with_tables(program, prepared.weights)
+    else:
+        stored = tuple(_dense_row(weight) for weight in prepared.weights)
+    return _serialized(program.model), stored
 
 
 def run(path: str, inputs: Sequence[Tensor], *, fold: bool = True) -> list[Any]:
@@ -157,7 +169,7 @@ def _with_tables(program: Any, weights: tuple[Clustered, ...]) -> tuple[Exported
 
     graph = program.model.graph
     unused = _unused(program)
-    rows = []
+    rows, shared = [], {}
     for weight in weights:
         values = [graph.initializers[name] for name in weight.names if name in graph.initializers]
         if not values:
@@ -168,7 +180,7 @@ def _with_tables(program: Any, weights: tuple[Clustered, ...]) -> tuple[Exported
                 )
             rows.append(_row(weight, "left out: forward does not use it", 0))
             continue
-        decoder = table(weight.name, weight.found, values[0].dtype or ir.DataType.FLOAT)
+        decoder = table(weight.name, weight.found, values[0].dtype or ir.DataType.FLOAT, shared)
         for value in values:
             del graph.initializers[value.name]
         for constant in decoder.initializers:
@@ -180,6 +192,8 @@ def _with_tables(program: Any, weights: tuple[Clustered, ...]) -> tuple[Exported
         for value in values:
             value.replace_all_uses_with(decoder.nodes[-1].outputs[0], replace_graph_outputs=True)
         rows.append(_row(weight, f"table, indices of {weight.found.width} bits", decoder.bytes))
+    for constant in shared.values():
+        graph.register_initializer(constant)
     # What is left of tracing (shapes, casts) goes; batch norms stay apart from the weights.
     optimizer.fold_constants(
         program.model, should_fold=lambda node: False if MARK in node.metadata_props else None

@@ -19,22 +19,30 @@ class Decoder:
 
     Attributes:
         name: the weight's name, which begins the names of all of them.
-        initializers: the constants.
+        shared: constants that all weights of a file share, by name.
+        initializers: the constants of this weight alone.
         nodes: in order; the last one's output is the weight.
     """
 
     name: str
+    shared: dict[str, ir.Value]
     initializers: list[ir.Value] = field(default_factory=list)
     nodes: list[ir.Node] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the initializers."""
+        """Bytes of the initializers of its own."""
         return sum(v.const_value.nbytes for v in self.initializers if v.const_value is not None)
 
     def constant(self, what: str, values: NDArray[Any]) -> ir.Value:
         """Add an initializer."""
         return self._initializer(ir.tensor(values, name=f"{self.name}.{what}"))
+
+    def shared_constant(self, name: str, values: NDArray[Any]) -> ir.Value:
+        """Return the file's constant of that name, made where it is the first to need it."""
+        if name not in self.shared:
+            self.shared[name] = _value(ir.tensor(values, name=name))
+        return self.shared[name]
 
     def nibbles(self, what: str, values: NDArray[np.uint8]) -> ir.Value:
         """Add (N,) values below 16 as an initializer of half a byte each."""
@@ -54,26 +62,29 @@ class Decoder:
         return made.outputs[0]
 
     def _initializer(self, tensor: Any) -> ir.Value:
-        value = ir.Value(
-            name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )  # fmt: skip
-        self.initializers.append(value)
-        return value
+        self.initializers.append(_value(tensor))
+        return self.initializers[-1]
 
 
-def table(name: str, found: Indexed, dtype: ir.DataType) -> Decoder:
+def _value(tensor: Any) -> ir.Value:
+    return ir.Value(
+        name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+
+
+def table(name: str, found: Indexed, dtype: ir.DataType, shared: dict[str, ir.Value]) -> Decoder:
     """Return a decoder that looks each index up in its codebook: bit for bit the weight.
 
     Args:
         name: the weight's name.
         found: codebooks and indices.
         dtype: of the weight.
+        shared: constants that all weights of a file share; may be added to.
 
     Returns:
         Its last node's output has the weight's shape and type.
     """
-    decoder = Decoder(name)
+    decoder = Decoder(name, shared)
     groups, k = found.codebook.shape
     raw = found.codebook.reshape(-1)
     numpy_type = {"BFLOAT16": ir.DataType.BFLOAT16.numpy()}.get(dtype.name, dtype.numpy())
@@ -124,8 +135,9 @@ def _pieces(width: int) -> list[int]:
 def _piece(decoder: Decoder, values: NDArray[np.uint8], bits: int, what: str) -> ir.Value:
     """Add (N,) values of some bits; return them one a byte or, of 4 bits, as uint4.
 
-    uint4 needs opset 21. uint2 would need opset 25, which few runtimes read: values of 1 and 2
-    bits lie in bytes and are shifted out of them.
+    uint4 needs opset 21. uint2 would need opset 25, which few runtimes read: several values of 1
+    or 2 bits lie in a byte, and a table that all weights share spreads them. Shifting them out
+    would do as well, but OpenVINO 2026.4 shifts bytes wrongly.
     """
     if bits == 8:
         return decoder.constant(what, values)
@@ -134,14 +146,14 @@ def _piece(decoder: Decoder, values: NDArray[np.uint8], bits: int, what: str) ->
     per = 8 // bits
     padded = np.append(values, np.zeros(-len(values) % per, np.uint8)).reshape(-1, per)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    packed = np.bitwise_or.reduce(padded << shifts, axis=1, keepdims=True)
-    spread = decoder.node(
-        "BitShift", decoder.constant(what, packed), decoder.constant(f"{what}_shift", shifts),
-        direction="RIGHT",
-    )  # fmt: skip
-    mask = decoder.constant(f"{what}_mask", np.array((1 << bits) - 1, np.uint8))
-    flat = decoder.node("Reshape", decoder.node("BitwiseAnd", spread, mask),
-                        _constant_shape(decoder, (-1,)))  # fmt: skip
+    packed = np.bitwise_or.reduce(padded << shifts, axis=1)
+    spread = decoder.shared_constant(
+        f"fewbits.spread_{bits}",
+        np.arange(256, dtype=np.uint8)[:, None] >> shifts & (1 << bits) - 1,
+    )
+    rows = decoder.node("Cast", decoder.constant(what, packed), to=ir.DataType.INT32)
+    spread = decoder.node("Gather", spread, rows, axis=0)
+    flat = decoder.node("Reshape", spread, _constant_shape(decoder, (-1,)))
     if padded.size == len(values):
         return flat
     start, stop = (np.array([n], np.int64) for n in (0, len(values)))
