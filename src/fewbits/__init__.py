@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import compressed as compressed
+from . import export as export
 from . import regularizers as regularizers
 from . import schedules as schedules
 from ._allocate import allocate as allocate
@@ -37,6 +38,7 @@ __all__ = [
     "Summary",
     "allocate",
     "compressed",
+    "export",
     "finetune_codebooks",
     "load",
     "plan",

@@ -1,0 +1,237 @@
+"""ONNX: weights as indices and codebooks that the graph looks up."""
+
+import importlib.metadata
+import logging
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import FewbitsError, PlanError
+from .._file._atomic import fill_atomically
+from ._compare import compare
+from ._ready import Clustered, Ready, needs, ready
+from ._result import Exported, ExportedWeight
+
+Weights = Literal["indices", "dense"]
+_WEIGHTS: tuple[Weights, ...] = ("indices", "dense")
+OPSET = 21  # the first with uint4
+_MOST_BYTES = (1 << 31) - 1  # of one protobuf message
+
+
+def onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Tensor | Sequence[Tensor],
+    weights: Weights = "indices",
+    dynamic_batch: bool = True,
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a hardened model as an ONNX file, run it in onnxruntime and compare with PyTorch.
+
+    With "indices" each weight of few values is stored as packed indices and its codebooks, which
+    the graph looks up: bit for bit the weight. onnxruntime does that once, when it loads the file
+    with constant folding (its default); the model then runs as a dense one does, in the memory of
+    a dense one. The file alone is small.
+
+    Args:
+        model: a hardened module with tensors as inputs and outputs; exported in evaluation mode,
+            not modified.
+        path: the file, usually NAME.onnx.
+        example_inputs: a tensor, or the positional inputs of `forward`; examples along the first
+            axis of each. The outputs on all of them are compared.
+        weights: "indices", or "dense" for runtimes that lack the operators.
+        dynamic_batch: whether the file takes any number of examples.
+        tolerance: the largest difference to PyTorch, over the largest output, that passes.
+        overwrite: whether to replace a file.
+
+    Returns:
+        What was written, how each weight is stored, and how the outputs compare.
+
+    Raises:
+        PlanError: if the model is not hardened, has no weight of few values, or cannot be traced.
+        FileError: if the file exists or cannot be written.
+        FewbitsError: if onnx, onnxscript or onnxruntime are missing, the file would be above
+            2 GiB, or the outputs differ. Nothing is written in any of these cases.
+    """
+    check_weights(weights)
+    with needs("onnx"):
+        import onnx_ir  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    path = Path(path)
+    prepared = ready(model, path, example_inputs, overwrite=overwrite)
+    data, stored = build(prepared, weights, dynamic_batch)
+    compared: tuple[float, float | None] = (0.0, None)
+
+    def fill(file: BinaryIO) -> None:
+        nonlocal compared
+        file.write(data)
+        file.flush()
+        outputs = run(file.name, prepared.inputs)
+        compared = compare("onnxruntime", prepared.outputs, outputs, tolerance)
+
+    fill_atomically(path, fill)
+    return Exported(
+        target="onnx",
+        path=path,
+        runtime=f"onnxruntime {onnxruntime.__version__}",
+        bytes=len(data),
+        dense_bytes=prepared.state_bytes,
+        weights=stored,
+        examples=len(prepared.inputs[0]),
+        difference=compared[0],
+        agreement=compared[1],
+        notes=(f"opset {OPSET}; small on disk, decoded in memory when a session loads it",),
+    )
+
+
+def check_weights(weights: str) -> None:
+    """Refuse an unknown way to store weights."""
+    if weights not in _WEIGHTS:
+        raise PlanError(f"weights is {weights!r}. Use one of {', '.join(_WEIGHTS)}.")
+
+
+def build(
+    prepared: Ready, weights: Weights, dynamic_batch: bool
+) -> tuple[bytes, tuple[ExportedWeight, ...]]:
+    """Return the bytes of an ONNX file, and how each weight is stored in it; see `onnx`."""
+    program = _traced(prepared, dynamic_batch, optimize=weights == "dense")
+    if weights == "indices":
+        stored = _with_tables(program, prepared.weights)
+    else:
+        stored = tuple(_dense_row(weight) for weight in prepared.weights)
+    return _serialized(program.model), stored
+
+
+def run(path: str, inputs: Sequence[Tensor], *, fold: bool = True) -> list[Any]:
+    """Run an ONNX file in onnxruntime.
+
+    Args:
+        path: the file.
+        inputs: in the order of the graph's inputs.
+        fold: whether constants are folded when the file is loaded.
+
+    Returns:
+        The outputs as arrays.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its warnings are about the exporter's spare nodes
+    session = onnxruntime.InferenceSession(
+        path, options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=None if fold else ["ConstantFolding"],
+    )  # fmt: skip
+    named = zip(session.get_inputs(), inputs, strict=True)
+    return list(session.run(None, {node.name: tensor.numpy() for node, tensor in named}))
+
+
+def _traced(prepared: Ready, dynamic_batch: bool, *, optimize: bool) -> Any:
+    """Return torch's ONNX program of the model, its parameters under their own names."""
+    # A batch of one would be taken for a constant.
+    inputs = tuple(torch.cat([x, x])[:2] for x in prepared.inputs)
+    inputs = inputs if dynamic_batch else prepared.inputs
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if dynamic_batch else None
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns that torchvision is not there
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the exporter's own use of torch
+            program = torch.onnx.export(
+                prepared.model, inputs, dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
+                optimize=optimize, verbose=False,
+            )  # fmt: skip
+    except Exception as error:  # the exporter raises whatever torch.export and torchlib raise
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        hint = " If the batch is fixed in it, use dynamic_batch=False." if dynamic_batch else ""
+        raise PlanError(f"the model cannot be traced for ONNX: {reason}{hint}") from error
+    finally:
+        log.setLevel(level)
+    assert program is not None  # it is where dynamo=True
+    return program
+
+
+def _with_tables(program: Any, weights: tuple[Clustered, ...]) -> tuple[ExportedWeight, ...]:
+    """In place: replace each weight of few values by its decoder; say how each is stored."""
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    from ._onnx_decode import MARK, table
+
+    graph = program.model.graph
+    unused = _unused(program)
+    rows, shared = [], {}
+    for weight in weights:
+        values = [graph.initializers[name] for name in weight.names if name in graph.initializers]
+        if not values:
+            if not unused.issuperset(weight.names):
+                raise FewbitsError(
+                    f"{weight.name}: the exporter changed this weight, so that it cannot be stored"
+                    ' as indices. Use weights="dense", and please report it.'
+                )
+            rows.append(_row(weight, "left out: forward does not use it", 0))
+            continue
+        decoder = table(weight.name, weight.found, values[0].dtype or ir.DataType.FLOAT, shared)
+        for value in values:
+            del graph.initializers[value.name]
+        for constant in decoder.initializers:
+            graph.register_initializer(constant)
+        if len(graph):
+            graph.insert_before(graph[0], decoder.nodes)
+        else:
+            graph.extend(decoder.nodes)
+        for value in values:
+            value.replace_all_uses_with(decoder.nodes[-1].outputs[0], replace_graph_outputs=True)
+        rows.append(_row(weight, f"table, indices of {weight.found.width} bits", decoder.bytes))
+    for constant in shared.values():
+        graph.register_initializer(constant)
+    # What is left of tracing (shapes, casts) goes; batch norms stay apart from the weights.
+    optimizer.fold_constants(
+        program.model, should_fold=lambda node: False if MARK in node.metadata_props else None
+    )
+    optimizer.remove_unused_nodes(program.model)
+    return tuple(rows)
+
+
+def _unused(program: Any) -> set[str]:
+    """Return the parameters that no operation of the traced program reads."""
+    traced = program.exported_program
+    if traced is None:
+        return set()
+    users = {node.name: len(node.users) for node in traced.graph.nodes if node.op == "placeholder"}
+    names = traced.graph_signature.inputs_to_parameters
+    return {name for node, name in names.items() if not users.get(node)}
+
+
+def _row(weight: Clustered, stored: str, size: int) -> ExportedWeight:
+    groups, k = weight.found.codebook.shape
+    return ExportedWeight(
+        weight.name, weight.found.shape, k, groups, stored, size, weight.found.bytes_fixed
+    )
+
+
+def _dense_row(weight: Clustered) -> ExportedWeight:
+    return _row(weight, "dense", math.prod(weight.found.shape) * weight.values.element_size())
+
+
+def _serialized(model: Any) -> bytes:
+    import onnx_ir as ir
+
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    if size > _MOST_BYTES:
+        raise FewbitsError(
+            f"the ONNX file would hold {size:,} bytes, above the 2 GiB of one protobuf message."
+        )
+    model.producer_name, model.producer_version = "fewbits", importlib.metadata.version("fewbits")
+    for node in model.graph:
+        node.metadata_props.clear()  # torch's stack traces, with paths of this machine
+    return ir.serde.serialize_model(model).SerializeToString(deterministic=True)

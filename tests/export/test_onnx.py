@@ -1,0 +1,228 @@
+"""ONNX files against PyTorch: the same outputs, the same weights, few bytes, or a refusal."""
+
+import sys
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fewbits
+from fewbits import export
+
+onnx = pytest.importorskip("onnx", reason="pip install 'fewbits[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'fewbits[onnx]'")
+
+IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+WORDS = torch.randint(0, 40, (5, 7), generator=torch.Generator().manual_seed(0))
+
+
+def run(path: Path, inputs: torch.Tensor, *, fold: bool = True) -> np.ndarray:
+    session = onnxruntime.InferenceSession(
+        path, providers=["CPUExecutionProvider"],
+        disabled_optimizers=None if fold else ["ConstantFolding"],
+    )  # fmt: skip
+    return session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0]
+
+
+def decoded(path: Path, name: str) -> np.ndarray:
+    """A weight as onnxruntime decodes it."""
+    graph = onnx.load(path)
+    nodes = [node for node in graph.graph.node if node.name.startswith(f"{name}.decode_")]
+    output = onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
+    del graph.graph.output[:], graph.graph.input[:], graph.graph.value_info[:]
+    graph.graph.output.append(output)
+    kept = [node for node in graph.graph.node if ".decode_" in node.name]
+    del graph.graph.node[:]
+    graph.graph.node.extend(kept)
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    return session.run(None, {})[0]
+
+
+@pytest.fixture(scope="module")
+def image_model():
+    torch.manual_seed(0)
+    return models.quantized(models.resnet(), 16)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_outputs_are_pytorchs_with_and_without_constant_folding(image_model, tmp_path, fold):
+    result = export.onnx(image_model, tmp_path / "m.onnx", example_inputs=IMAGES)
+    assert result.difference is not None and result.difference < 1e-5
+    assert result.agreement == 1 and result.examples == 6
+    more = torch.randn(11, 1, 8, 8)  # another batch size than the example's
+    with torch.no_grad():
+        expected = image_model(more).numpy()
+    found = run(tmp_path / "m.onnx", more, fold=fold)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def layer(k: int, size: int = 96) -> nn.Linear:
+    """A Linear layer of 96 x 97 weights on exactly k values, an odd number of indices."""
+    linear = nn.Linear(97, size, bias=False)
+    values = torch.randn(k, generator=torch.Generator().manual_seed(k))
+    which = torch.arange(size * 97) * 7919 % k
+    with torch.no_grad():
+        linear.weight.copy_(values[which].view(size, 97))
+    return linear
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 16, 17, 200, 256, 300, 1200])
+def test_every_number_of_values_is_decoded_bit_for_bit_at_its_packed_size(tmp_path, k):
+    linear = layer(k, 95)
+    path = tmp_path / "m.onnx"
+    result = export.onnx(linear, path, example_inputs=torch.randn(2, 97))
+    assert np.array_equal(decoded(path, "weight"), linear.weight.detach().numpy())
+    (row,) = result.weights
+    assert (row.k, row.codebooks) == (k, 1)
+    assert row.packed_bytes <= row.bytes <= row.packed_bytes + 128
+    np.testing.assert_allclose(
+        run(path, torch.ones(3, 97), fold=False), run(path, torch.ones(3, 97)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("how", [
+    {"granularity": "channel"}, {"granularity": "group", "channels_per_group": 4},
+])  # fmt: skip
+def test_codebooks_of_channels_and_groups_on_either_axis(tmp_path, how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(1, 8, 3), nn.Conv2d(8, 16, 3), nn.Flatten())
+    models.quantized(model, 3, **how)
+    result = export.onnx(model, tmp_path / "m.onnx", example_inputs=IMAGES)
+    assert all(row.codebooks > 1 for row in result.weights)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            assert np.array_equal(decoded(tmp_path / "m.onnx", name), weight.detach().numpy())
+
+
+def test_a_tied_weight_is_stored_once(tmp_path):
+    torch.manual_seed(0)
+    model = models.quantized(models.Language(), 5)
+    result = export.onnx(model, tmp_path / "m.onnx", example_inputs=WORDS)
+    names = [row.name for row in result.weights]
+    assert "embedding.weight" in names and "head.weight" not in names
+    constants = [t.name for t in onnx.load(tmp_path / "m.onnx").graph.initializer]
+    assert "embedding.weight.codebook" in constants and "head.weight.codebook" not in constants
+    assert result.agreement == 1
+
+
+def test_convolutions_of_one_axis_and_an_lstm(tmp_path):
+    torch.manual_seed(0)
+    model = models.snap_all(models.Signals(), 4)
+    result = export.onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(3, 3, 10))
+    stored = {row.name: row.stored for row in result.weights}
+    assert {"conv.weight", "up.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"} <= set(stored)
+    assert set(stored.values()) == {"table, indices of 2 bits"}
+
+
+def test_half_precision_weights_keep_their_type(tmp_path):
+    linear = models.quantized(layer(16), 16).half()
+    export.onnx(linear, tmp_path / "m.onnx", example_inputs=torch.randn(2, 97).half(),
+                tolerance=1e-2)  # fmt: skip
+    found = {t.name: t.data_type for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert found["weight.codebook"] == onnx.TensorProto.FLOAT16
+
+
+def test_file_of_4_bits_is_at_most_a_tenth_above_packed_indices_and_codebooks(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.ReLU(), nn.Linear(512, 10))
+    models.quantized(model, 16)
+    result = export.onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 512))
+    packed = sum(row.packed_bytes for row in result.weights)
+    assert packed < result.bytes == (tmp_path / "m.onnx").stat().st_size <= 1.1 * packed
+
+
+def test_dense_file_holds_no_tables(image_model, tmp_path):
+    result = export.onnx(image_model, tmp_path / "m.onnx", example_inputs=IMAGES, weights="dense")
+    assert result.bytes > result.dense_bytes > 0 and {r.stored for r in result.weights} == {"dense"}
+    assert result.agreement == 1
+
+
+def test_a_weight_that_forward_does_not_use_is_said_to_be_left_out(tmp_path):
+    model = models.quantized(models.resnet(), 4)
+    model.spare = nn.Linear(8, 8)
+    model.forward = lambda x: nn.Sequential.forward(model[:6], x)  # type: ignore[method-assign]
+    models.snap_all(model, 4)
+    with torch.no_grad():
+        result = export.onnx(model, tmp_path / "m.onnx", example_inputs=IMAGES)
+    assert {r.name: r.stored for r in result.weights}["spare.weight"].startswith("left out")
+
+
+def test_file_tells_nothing_of_the_machine_and_is_deterministic(image_model, tmp_path):
+    for name in ("a", "b"):
+        export.onnx(image_model, tmp_path / name, example_inputs=IMAGES)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert str(Path(export.__file__).parents[3]).encode() not in (tmp_path / "a").read_bytes()
+
+
+def attached() -> nn.Module:
+    model = nn.Linear(97, 96)
+    fewbits.Clustering(model, k=4)
+    return model
+
+
+class Fixed(nn.Linear):
+    def forward(self, input):
+        return super().forward(input.view(4, 97))
+
+
+@pytest.mark.parametrize(("make", "how", "said"), [
+    (attached, {}, "weight is attached to a Clustering still. Call harden()"),
+    (lambda: nn.Linear(97, 96), {}, "no weight of the model has few values. Harden it"),
+    (lambda: layer(4), {"example_inputs": torch.randn(2, 5)}, "cannot take example inputs"),
+    (lambda: layer(4), {"example_inputs": ()}, "example_inputs must be a tensor"),
+    (lambda: layer(4), {"weights": "int4"}, "weights is 'int4'. Use one of"),
+    (lambda: layer(4), {"tolerance": 0.0}, "differ from PyTorch's by"),
+    (lambda: models.quantized(Fixed(97, 96), 4), {"example_inputs": torch.randn(4, 97)},
+     "use dynamic_batch=False"),
+    (lambda: {"weight": torch.zeros(2)}, {}, "dict is no torch module"),
+])  # fmt: skip
+def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, how, said):
+    how = {"example_inputs": torch.randn(2, 97)} | how
+    with pytest.raises(
+        fewbits.FewbitsError, match="(?s)" + said.replace("(", "\\(").replace(")", "\\)")
+    ):
+        export.onnx(make(), tmp_path / "m.onnx", **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fixed_batch_is_exported_as_one(tmp_path):
+    model = models.quantized(Fixed(97, 96), 4)
+    result = export.onnx(
+        model, tmp_path / "m.onnx", example_inputs=torch.randn(4, 97), dynamic_batch=False
+    )
+    assert result.examples == 4
+
+
+def test_an_earlier_file_stays_unless_overwritten(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"mine")
+    with pytest.raises(fewbits.FileError, match="exists already"):
+        export.onnx(layer(4), path, example_inputs=torch.randn(2, 97))
+    with pytest.raises(fewbits.FewbitsError, match="differ"):
+        export.onnx(layer(4), path, example_inputs=torch.randn(2, 97), tolerance=0, overwrite=True)
+    assert path.read_bytes() == b"mine"
+    export.onnx(layer(4), path, example_inputs=torch.randn(2, 97), overwrite=True)
+    assert path.read_bytes() != b"mine"
+
+
+def test_a_missing_runtime_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(fewbits.FewbitsError, match=r"onnxruntime.*pip install 'fewbits\[onnx\]'"):
+        export.onnx(layer(4), tmp_path / "m.onnx", example_inputs=torch.randn(2, 97))
+
+
+def test_the_model_is_not_touched(image_model, tmp_path):
+    image_model.train()
+    before = {name: t.clone() for name, t in image_model.state_dict().items()}
+    export.onnx(image_model, tmp_path / "m.onnx", example_inputs=IMAGES)
+    assert image_model.training and all(p.requires_grad for p in image_model.parameters())
+    assert all(torch.equal(before[name], t) for name, t in image_model.state_dict().items())
+
+
+def test_result_prints_a_line_a_weight_and_the_sizes(image_model, tmp_path):
+    result = export.onnx(image_model, tmp_path / "m.onnx", example_inputs=IMAGES)
+    said = str(result)
+    assert all(row["name"] in said for row in result.rows())
+    assert f"{result.bytes:,} bytes" in said and f"onnxruntime {onnxruntime.__version__}" in said
