@@ -160,6 +160,11 @@ def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
 @click.option("--k", default="4,16,256", show_default=True, callback=_numbers, help="Values: 4,16.")
 @click.option("--weights", default=45_088_768, show_default=True, help="For passes and attaching.")
 @click.option("--pairs", default=10, show_default=True, help="Pairs measured in turn, 2 or more.")
+@click.option(
+    "--peers",
+    is_flag=True,
+    help="Only steps with DKM, PARQ and LSQ at the first --k: minutes, and gigabytes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an internal error.")
 def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, **how: Any) -> None:
@@ -168,11 +173,15 @@ def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, 
 
     if min(batch, weights, *k) < 1 or max(k) > 65_536 or pairs < 2:
         raise PlanError("give --batch and --weights above 0, --k from 1 to 65,536, --pairs from 2.")
-    tables = {
-        "passes": lab.passes(weights, k, pairs),
-        "attaching": lab.attaching(weights, k),
-        "steps": lab.steps(model, batch, k, pairs),
-    }
+    tables = (
+        {"peers": lab.peers(model, batch, k[0], pairs)}
+        if how["peers"]
+        else {
+            "passes": lab.passes(weights, k, pairs),
+            "attaching": lab.attaching(weights, k),
+            "steps": lab.steps(model, batch, k, pairs),
+        }
+    )
     if how["as_json"]:
         print(json.dumps(lab.environment() | tables, indent=1))
         return

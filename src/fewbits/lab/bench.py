@@ -15,9 +15,13 @@ from torch.nn.functional import cross_entropy
 
 from .._clustering import Clustering
 from .._codebook import initial_codebook
+from .._errors import FewbitsError
 from .._kernels import COMPILED, kernels
+from .._plan import plan as make_plan
 from .._pull import Proximal
+from .methods import METHODS, Recipe
 from .models import build
+from .peers import Peer
 
 Row = dict[str, Any]
 
@@ -28,14 +32,21 @@ VARIANTS: dict[str, Callable[[nn.Module, int], Clustering]] = {
 }
 
 
-class Stepper:
-    """A network with its optimizer, and perhaps a clustering, that takes one step at a time."""
+PEERS = {"parq": "torchao", "dkm": "coremltools", "lsq": "plain torch"}
 
-    def __init__(self, model: nn.Module, clustering: Clustering | None):
+
+class Stepper:
+    """A network with its optimizer, and perhaps what clusters it, that takes one step at a time."""
+
+    def __init__(self, model: nn.Module, clustering: Clustering | Peer | None):
         """Take SGD with momentum for the model's parameters and the codebooks."""
         self.model, self.clustering = model, clustering
-        groups = clustering.param_groups(lr=0.01) if clustering else model.parameters()
+        groups: Any = model.parameters()
+        if clustering:
+            groups = clustering.param_groups(lr=0.01, weight_decay=0.0)
         self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        if isinstance(clustering, Peer):
+            self.optimizer = clustering.wrapped(self.optimizer)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Take a training step."""
@@ -99,6 +110,51 @@ def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]
                 pairs,
             )
             rows.append({"what": f"{name}, {model}, batch {batch}", "k": k, **figures})
+    return rows
+
+
+def peers(model: str, batch: int, k: int, pairs: int, names: Iterable[str] = PEERS) -> list[Row]:
+    """Measure training steps with the methods of others, and with ours, over plain ones.
+
+    Args:
+        model: a network by name.
+        batch: images in a step.
+        k: number of values, a power of two.
+        pairs: how many pairs of steps; at least 2.
+        names: of peers, from `PEERS`; one whose package is not installed has a row that says so.
+
+    Returns:
+        a row for each: what, k, ratio, low, high, seconds, first (seconds of the first step).
+    """
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return build(model, classes=10, shape=(3, 32, 32))
+
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    plain = Stepper(fresh(), None)
+    rows = []
+    for name in ("penalty", *names):
+        network = fresh()
+        plan = make_plan(network, k=k)
+        where = f" ({PEERS[name]})" if name in PEERS else ""
+        about: Row = {"what": f"{name}{where}, {model}, batch {batch}", "k": k}
+        try:
+            METHODS[name].check(plan)
+            attach = METHODS[name].attach
+            assert attach is not None  # all of these train
+            # Long enough that a schedule is always at its beginning; torchao's does its work then.
+            stepper = Stepper(network, attach(network, Recipe(plan, 10_000)))
+        except FewbitsError as error:
+            rows.append(about | {"what": f"{about['what']}: {error}"})
+            continue
+        first = _seconds(lambda stepper=stepper: stepper.step(images, labels))
+        figures = _in_turn(
+            lambda: plain.step(images, labels),
+            lambda stepper=stepper: stepper.step(images, labels),
+            pairs,
+        )
+        rows.append(about | figures | {"first": first})
     return rows
 
 
@@ -199,6 +255,7 @@ def markdown(rows: Iterable[Row]) -> str:
         "high": ("upper quartile", "{:.3f}"),
         "seconds": ("seconds", "{:.4f}"),
         "ns": ("ns a weight", "{:.2f}"),
+        "first": ("first step, seconds", "{:.2f}"),
     }
     columns = {c: head for c, head in columns.items() if any(c in row for row in rows)}
     lines = [
