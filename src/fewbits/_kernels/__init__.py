@@ -18,7 +18,6 @@ from ._eager import compute_dtype as compute_dtype
 from ._eager import count as count
 from ._eager import gather as gather
 from ._eager import index_dtype as index_dtype
-from ._eager import midpoints as midpoints
 
 try:
     if os.environ.get("FEWBITS_NO_NATIVE"):
@@ -33,6 +32,7 @@ _made = _cpu or _eager
 assign = _made.assign
 cluster_sums = _made.cluster_sums
 measure_all = _made.measure_all
+midpoints = _made.midpoints
 move_all = _made.move_all
 pull_all = _made.pull_all
 snap = _made.snap
