@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ._codebook import boundaries_of, grouped, grouped_like, shares_memory, std_of, ungrouped
 from ._errors import PlanError
-from ._kernels import Measures, compute_dtype, measure_all, snap
+from ._kernels import compute_dtype, snap
 from ._plan import CODEBOOK_SUFFIX, PlannedWeight
 from ._pull import Pieces
 from ._snapped import Switch, install, uninstall
@@ -60,9 +60,9 @@ class Attached:
         self.unmoved = self.collapse_reported = False
         self._std: tuple[tuple[int, int], Tensor] | None = None
         self._sorted: tuple[Tensor, Tensor, Tensor] | None = None
-        self._measured: tuple[tuple[int, int], Tensor, Measures] | None = None
         self.look()
-        self.reset_usage()
+        ordered, _ = self.rows()
+        self.usage = torch.full_like(ordered, 1 / ordered.shape[1])
 
     @property
     def name(self) -> str:
@@ -141,27 +141,7 @@ class Attached:
         own = {
             n: p.detach().view_as(order).gather(1, order) for n, p in zip(names, extra, strict=True)
         }
-        usage = self.usage.to(codebook.device)
-        measured = self._known_measures(codebook)
-        return Pieces(weight, codebook, self.std(), usage, own, step, measured)
-
-    def measure(self, regularizer: Regularizer) -> None:
-        """In place: take the penalty's sums and the standard deviation in one pass.
-
-        They are kept until the weight is written to or the codebook changes. Nothing is done where
-        the regularizer needs the standard deviation first, or has no such pass.
-        """
-        power, (codebook, _) = regularizer.power, self.rows()
-        if not power or regularizer.cost(self.usage) is not None or self._known_measures(codebook):
-            return
-        measures = measure_all([self.view()], codebook, None, power)
-        self._measured = (self._version(), codebook, measures)
-        self._std = (self._version(), _std_of(measures[1][0], self.weight))
-
-    def _known_measures(self, codebook: Tensor) -> Measures | None:
-        if self._measured is None or self._measured[0] != self._version():
-            return None
-        return self._measured[2] if self._measured[1] is codebook else None
+        return Pieces(weight, codebook, self.std(), self.usage.to(codebook.device), own, step)
 
     def _version(self) -> tuple[int, int]:
         weight = self.weight
@@ -180,7 +160,7 @@ class Attached:
 
     def forget(self) -> None:
         """In place: measure anew, for weights that were written through `.data`."""
-        self._std = self._measured = None
+        self._std = None
 
     def update_cost(self, regularizer: Regularizer) -> None:
         """In place: make the snapped read assign as the regularizer does, from now on."""
@@ -200,13 +180,13 @@ class Attached:
 
     def reset_usage(self) -> None:
         """In place: forget the usage: every representative counts as equally and just used."""
-        codebook, _ = self.rows()
-        self.usage = torch.full_like(codebook, 1 / codebook.shape[1])
+        self.usage.fill_(1 / self.usage.shape[1])
 
     def note_usage(self, counts: Tensor, momentum: float) -> None:
         """In place: take this step's members of each representative into the running usage."""
-        share = (counts / counts.sum(1, keepdim=True).clamp(min=1)).to(self.usage)
-        self.usage = self.usage.to(share.device).lerp(share, 1 - momentum)
+        self.usage = self.usage.to(counts.device)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        self.usage.lerp_(share.to(self.usage), 1 - momentum)
 
     def note_movement(self) -> None:
         """In place: note whether the codebook changed since the last look."""
@@ -230,7 +210,7 @@ class Attached:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """In place: take what `state` returned."""
-        self.usage = state["usage"].to(self.usage).clone()
+        self.usage.copy_(state["usage"])
         cost = state["cost"]
         self.switch.cost = None if cost is None else cost.to(self.usage).clone()
         self._seen = state["seen"].to(self._seen).clone()
@@ -246,13 +226,3 @@ class Attached:
 
 def _same(kept: Tensor, now: Tensor) -> bool:
     return kept.device == now.device and kept.dtype == now.dtype and torch.equal(kept, now)
-
-
-def _std_of(spread: Tensor, weight: Tensor) -> Tensor:
-    """Return the standard deviation, 1 where it is 0, of weights with that squared spread."""
-    dtype = compute_dtype(weight)
-    if spread.device.type == "cpu":  # as plain numbers, which cost less than tensors of one
-        variance = float(spread) / max(weight.numel(), 1)
-        return torch.tensor(1.0 if variance == 0 else variance**0.5, dtype=dtype)
-    std = (spread / max(weight.numel(), 1)).sqrt().to(dtype)
-    return torch.where(std == 0, torch.ones_like(std), std)

@@ -1,6 +1,7 @@
 """What goes wrong with codebooks in training: numbers gone bad, collapse, dead representatives."""
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable
 
@@ -19,19 +20,22 @@ MOST_REVIVED = 16
 
 
 def check_numbers(
-    layers: Iterable[Attached], penalties: Iterable[tuple[Attached, Tensor]], step: int
+    layers: Iterable[Attached],
+    numbers: list[Tensor],
+    step: int,
+    penalties: Iterable[tuple[list[str], Tensor]] = (),
 ) -> None:
     """Raise a `CodebookError` that names the layer if weights or codebooks are NaN or infinite.
 
     Args:
-        layers: all of them; their standard deviations and codebooks are looked at.
-        penalties: (layer, penalty) of the last loss, 0-d.
+        layers: those to look at where a number is not finite.
+        numbers: tensors that are finite where the layers' weights and codebooks are.
         step: the step that is being finished, for the message.
+        penalties: (names of L layers, their penalties (L,)) of the last loss.
     """
     when = f" at step {step}"
-    layers, penalties = list(layers), list(penalties)
-    numbers = [n for layer in layers for n in (layer.std(), layer.codebook.detach().sum())]
-    if _all_finite(numbers + [value for _, value in penalties]):
+    penalties = list(penalties)
+    if _all_finite(numbers + [values for _, values in penalties]):
         return
     for layer in layers:
         check_finite(layer.name, layer.weight.detach(), when)
@@ -41,20 +45,21 @@ def check_numbers(
                 f"{layer.name}: the weights are too large to square{when}."
                 " They have diverged: lower the learning rate or the strength."
             )
-    for layer, value in penalties:
-        if not bool(value.isfinite()):
-            raise CodebookError(
-                f"{layer.name}: the penalty is {float(value)}{when}."
-                " The weights have diverged: lower the learning rate or the strength."
-            )
+    for names, values in penalties:
+        for name, value in zip(names, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise CodebookError(
+                    f"{name}: the penalty is {value}{when}."
+                    " The weights have diverged: lower the learning rate or the strength."
+                )
 
 
 def _all_finite(numbers: list[Tensor]) -> bool:
-    """Whether all 0-d tensors are finite; waits for each device once."""
+    """Whether all numbers are finite; waits for each device once."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for number in numbers:
-        by_device.setdefault(number.device, []).append(number.double())
-    return all(bool(torch.stack(some).isfinite().all()) for some in by_device.values())
+        by_device.setdefault(number.device, []).append(number.double().reshape(-1))
+    return all(bool(torch.cat(some).isfinite().all()) for some in by_device.values())
 
 
 def look_after(layer: Attached, step: int, *, revive: bool) -> Tensor:

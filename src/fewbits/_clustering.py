@@ -13,11 +13,12 @@ from ._codebook import INITS, Init, check_finite, grouped, initial_codebook
 from ._errors import PlanError, did_you_mean
 from ._gap import Gap, LayerGap, layer_gap
 from ._kernels import assign, cluster_sums, count
-from ._penalty import PenaltyFunction, Terms, WeightHook
+from ._penalty import LayerTerm, PenaltyFunction, StackTerm, Term, WeightHook
 from ._plan import Plan, carried_out, unwrapped
 from ._pull import Penalty, Proximal, proximal_step
 from ._resolve import difference, strengths_of
 from ._snapped import Switch
+from ._stack import Stack, Stacks
 from .regularizers import Nearest, Regularizer
 
 # Steps between two looks at the health of the codebooks: a full assignment costs about 5 ns a
@@ -90,8 +91,7 @@ class Clustering:
         self.plan = carried_out(self.model, bits, k, plan)
         self.steps = 0
         self._hardened = False
-        self._last_penalties: list[tuple[Attached, Tensor]] = []
-        self._last_counts: list[tuple[Attached, Tensor]] = []
+        self._last_terms: list[Term] = []
         strengths = strengths_of(self.plan, pull)
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         for planned in self.plan.selected:
@@ -109,7 +109,11 @@ class Clustering:
             switch.active = snapped_forward and layer.start == 0
             layer.update_cost(self.regularizer)
             self._layers.append(layer)
-        self._hooks = [WeightHook(layer, self.regularizer) for layer in self._layers]
+        self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
+        self._stacks = Stacks(self._layers) if self._together() else None
+        self._starting: dict[int, list[Attached]] = {}
+        for layer in self._layers:
+            self._starting.setdefault(layer.start, []).append(layer)
 
     # -- the three lines ------------------------------------------------------------------------
 
@@ -126,14 +130,13 @@ class Clustering:
             PlanError: after `harden()`, or if a weight was replaced by another parameter.
         """
         self._check_active("loss")
-        pull = self.pull if isinstance(self.pull, Penalty) else None
         device = self._layers[0].weight.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            terms = Terms(self._hooks, self.steps, pull)
+            terms = self._terms(self.pull if isinstance(self.pull, Penalty) else None)
         # Taken into account by step(): asking for the loss changes nothing.
-        self._last_penalties, self._last_counts = terms.values, terms.counts
-        tensors = [t for layer in self._layers for t in (layer.weight, *layer.own_parameters())]
-        return PenaltyFunction.apply(self._hooks, terms, *tensors)
+        self._last_terms = terms
+        inputs = [tensor for term in terms for tensor in term.inputs]
+        return PenaltyFunction.apply(self._hooks, terms, *inputs)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -146,30 +149,28 @@ class Clustering:
             CodebookError: if weights, a codebook or the last penalty became NaN or infinite.
         """
         self._check_active("step")
-        for layer in self._layers:
-            layer.forget()
-            if isinstance(self.pull, Penalty) and layer.strength(self.steps + 1):
-                # The pass that the next loss needs also tells whether the weights are finite.
-                layer.measure(self.regularizer)
-        penalties, self._last_penalties = self._last_penalties, []
-        check_numbers(self._layers, penalties, self.steps)
-        for layer, counts in self._last_counts:
-            layer.note_usage(counts, USAGE_MOMENTUM)
-        self._last_counts = []
-        for layer in self._layers:
-            if isinstance(self.pull, Proximal) and layer.weight.requires_grad:
-                self._apply_proximal(layer, self.pull)
+        for term in self._last_terms:
+            term.note_usage(USAGE_MOMENTUM)
+        penalties = [(t.names, t.values) for t in self._last_terms if t.values is not None]
+        self._last_terms = []
+        check_numbers(self._layers, self._numbers(), self.steps, penalties)
+        if isinstance(self.pull, Proximal):
+            self._apply_proximal(self.pull)
         self.steps += 1
-        for layer in self._layers:
-            if layer.start == self.steps:
-                self._start(layer)
-            if type(self.regularizer).project is not Regularizer.project:
+        for layer in self._starting.get(self.steps, ()):
+            self._start(layer)
+        if type(self.regularizer).project is not Regularizer.project:
+            for layer in self._layers:
                 self._project(layer)
-            if self.steps % CARE_EVERY == 0 and self.steps > layer.start:
-                counts = look_after(layer, self.steps, revive=self.regularizer.revives)
-                if self.pull is None:
-                    layer.note_usage(counts, USAGE_MOMENTUM)
-            layer.update_cost(self.regularizer)
+        if self.steps % CARE_EVERY == 0:
+            for layer in self._layers:
+                if self.steps > layer.start:
+                    counts = look_after(layer, self.steps, revive=self.regularizer.revives)
+                    if self.pull is None:
+                        layer.note_usage(counts, USAGE_MOMENTUM)
+        if self._stacks is None:
+            for layer in self._layers:
+                layer.update_cost(self.regularizer)
 
     @torch.no_grad()
     def harden(self) -> None:
@@ -188,7 +189,7 @@ class Clustering:
             check_finite(layer.name + " codebook", layer.codebook.detach())
         for layer in self._layers:
             layer.weight.copy_(layer.snap())
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         for layer in self._layers:
             layer.detach()
@@ -298,9 +299,78 @@ class Clustering:
 
     # -- parts of a step ------------------------------------------------------------------------
 
-    def _apply_proximal(self, layer: Attached, pull: Proximal) -> None:
+    def _together(self) -> bool:
+        """Whether passes over many layers do what the regularizer and the pull want."""
+        uniform = torch.ones(1, 1)
+        return (
+            self.pull is not None
+            and self.regularizer.power is not None
+            and self.regularizer.cost(uniform) is None
+        )
+
+    def _stacked(self, step: int) -> list[tuple[Stack, list[float]]]:
+        """Return the stacks with the strengths of their layers at a step."""
+        if self._stacks is None:
+            return []
+        schedules = {id(layer.strength): layer.strength for layer in self._layers}
+        values = {key: schedule(step) for key, schedule in schedules.items()}
+        strengths = {layer.name: values[id(layer.strength)] for layer in self._layers}
+        moved = isinstance(self.pull, Proximal)
+        on = [
+            strengths[layer.name] > 0 and (layer.weight.requires_grad or not moved)
+            for layer in self._layers
+        ]
+        return [
+            (stack, [strengths[layer.name] for layer in stack.layers] if stack.on else [])
+            for stack in self._stacks.current(on)
+        ]
+
+    def _terms(self, pull: Penalty | None) -> list[Term]:
+        if self._stacks is None:
+            hooks = self._hooks.values()
+            return [LayerTerm(hook, self.regularizer, pull, self.steps) for hook in hooks]
+        stacked = self._stacked(self.steps)
+        return [StackTerm(stack, self._power, pull, strengths) for stack, strengths in stacked]
+
+    @property
+    def _power(self) -> int:
+        power = self.regularizer.power
+        assert power is not None  # else there are no stacks
+        return power
+
+    def _numbers(self) -> list[Tensor]:
+        """Return numbers that tell whether the weights and codebooks are finite as they are now."""
+        for layer in self._layers:
+            layer.forget()
+        if self._stacks is None:
+            return [n for layer in self._layers for n in (layer.std(), layer.codebook.detach())]
+        numbers = []
+        penalized = isinstance(self.pull, Penalty)
+        for stack, strengths in self._stacked(self.steps + penalized):
+            stack.forget()
+            numbers.append(stack.rows()[0])
+            if strengths and penalized:
+                # The pass that the next loss needs.
+                numbers.append(stack.measure(self._power).std)
+            elif not strengths:
+                numbers += [layer.std() for layer in stack.layers]
+        return numbers
+
+    def _apply_proximal(self, pull: Proximal) -> None:
+        for stack, strengths in self._stacked(self.steps):
+            if strengths:
+                counts, left = stack.move(self._power, strengths)
+                check_numbers(stack.layers, [left], self.steps)
+                stack.note_usage(counts, USAGE_MOMENTUM)
+                if not self.snapped_forward:
+                    stack.average(counts, left, pull.average)
+        if self._stacks is None:
+            for layer in self._layers:
+                self._apply_to_layer(layer, pull)
+
+    def _apply_to_layer(self, layer: Attached, pull: Proximal) -> None:
         amount = layer.strength(self.steps)
-        if amount <= 0:
+        if amount <= 0 or not layer.weight.requires_grad:
             return
         pieces = layer.pieces(self.steps)
         proximal_step(self.regularizer, pieces, amount)

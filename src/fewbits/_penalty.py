@@ -1,53 +1,77 @@
 """The penalty as one node of the autograd graph, for all layers at once.
 
-The gradient of the weights is not returned to autograd, which would hold a second copy of every
-gradient. It is added piece by piece to `weight.grad` in the weight's post-accumulate hook, right
-after the task's gradient arrived there and before anything else, such as DDP, looks at it.
+The gradient of a large weight is not returned to autograd, which would hold a second copy of it.
+It is added piece by piece to `weight.grad` in the weight's post-accumulate hook, right after the
+task's gradient arrived there and before anything else, such as DDP, looks at it. Those of small
+weights are computed in one call and returned, which costs less than a hook for each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._attach import Attached
-from ._pull import (
-    Penalty,
-    Pieces,
-    add_weight_gradient,
-    evaluate,
-    reduce_codebook_gradient,
-)
+from ._kernels import pull_all
+from ._pull import Penalty, add_weight_gradient, evaluate, reduce_codebook_gradient
+from ._stack import Stack
 from .regularizers import Regularizer
+
+# Adds a gradient to a (G, n) tensor.
+Adds = Callable[[Tensor], None]
+Gradients = list[Tensor | None]
 
 
 class WeightHook:
     """Adds the penalty's gradient to one weight's `.grad` after each backward pass.
 
     Attributes:
-        pending: (layer, factor) pairs whose gradient is owed to `weight.grad`.
+        pending: what is owed to `weight.grad`.
     """
 
-    def __init__(self, attached: Attached, regularizer: Regularizer):
-        self.attached, self.regularizer = attached, regularizer
-        self.pending: list[tuple[Pieces, Tensor]] = []
-        self.handle = attached.weight.register_post_accumulate_grad_hook(self._add)
+    def __init__(self, attached: Attached):
+        self.attached = attached
+        self.pending: list[Adds] = []
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
 
-    def _add(self, weight: Tensor) -> None:
+    def owe(self, add: Adds) -> None:
+        """In place: add a gradient to `weight.grad` once the running backward pass got there."""
+        if self._handle is None:
+            weight = self.attached.weight
+            self._handle = weight.register_post_accumulate_grad_hook(self._pay)
+        self.pending.append(add)
+
+    def _pay(self, weight: Tensor) -> None:
         owed, self.pending = self.pending, []
         if not owed:
             return
         if weight.grad is None:  # the task's loss did not reach this weight
             weight.grad = torch.zeros_like(weight)
-        view = self.attached.view(weight.grad)
-        for layer, factor in owed:
-            add_weight_gradient(self.regularizer, layer, factor, view)
-        self.attached.write_view(weight.grad, view)
+        self.write(weight.grad, *owed)
+
+    def write(self, gradient: Tensor, *adds: Adds) -> None:
+        """In place: add gradients to one that is shaped like the weight."""
+        view = self.attached.view(gradient)
+        for add in adds:
+            add(view)
+        self.attached.write_view(gradient, view)
+
+    def gradient(self, add: Adds) -> Tensor | None:
+        """Owe a gradient to the weight, or return it where the running pass does not write it."""
+        weight = self.attached.weight
+        if _accumulates(weight):
+            self.owe(add)
+            return None
+        result = torch.zeros_like(weight)
+        self.write(result, add)
+        return result
 
     def remove(self) -> None:
         """In place: take the hook off the weight, and the list of hooks if that leaves it empty."""
-        self.handle.remove()
+        if self._handle is None:
+            return
+        self._handle.remove()
         weight = self.attached.weight
         if not weight._post_accumulate_grad_hooks:
             # As torch has it for a tensor that never had a hook; its stubs do not say so.
@@ -55,57 +79,7 @@ class WeightHook:
 
     def flush(self) -> None:
         """In place: pay what is still owed: torch before 2.10 skips hooks without a gradient."""
-        self._add(self.attached.weight)
-
-
-class PenaltyFunction(torch.autograd.Function):
-    """Sum of strength x R over layers; see the module's docstring for the weights' gradient."""
-
-    @staticmethod
-    def forward(ctx, hooks: Sequence[WeightHook], terms: "Terms", *tensors: Tensor) -> Tensor:
-        """Evaluate every layer that has a strength; `tensors` are each layer's parameters."""
-        ctx.save_for_backward(*tensors)
-        ctx.hooks, ctx.terms = hooks, terms
-        return terms.total(tensors[0])
-
-    @staticmethod
-    @once_differentiable
-    # The decorator's stub makes ctx positional-only; the base class calls it positionally.
-    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the codebooks' gradients; leave the weights' to their hooks where they run."""
-        (gradient,) = grad_outputs
-        tensors = ctx.saved_tensors  # raises if a weight or codebook was changed in between
-        result: list[Tensor | None] = []
-        owed = []
-        for hook, layer, strength, grads in ctx.terms.rows:
-            weight, own = (
-                tensors[len(result)],
-                tensors[len(result) + 1 : len(result) + 1 + len(grads)],
-            )
-            to_weight = None
-            if layer is not None and weight.requires_grad:
-                factor = gradient.to(weight.device) * strength
-                if _accumulates(weight):
-                    hook.pending.append((layer, factor))
-                    owed.append(hook)
-                else:
-                    to_weight = torch.zeros_like(weight)
-                    view = hook.attached.view(to_weight)
-                    add_weight_gradient(hook.regularizer, layer, factor, view)
-                    hook.attached.write_view(to_weight, view)
-            result.append(to_weight)
-            result += [
-                (g * gradient.to(g.device)).to(p.dtype) for g, p in zip(grads, own, strict=True)
-            ]
-        if owed:
-            engine = torch.autograd.Variable._execution_engine  # pyright: ignore
-            engine.queue_callback(lambda: _flush(owed))
-        return (None, None, *result)
-
-
-def _flush(hooks: Sequence[WeightHook]) -> None:
-    for hook in hooks:
-        hook.flush()
+        self._pay(self.attached.weight)
 
 
 def _accumulates(weight: Tensor) -> bool:
@@ -117,58 +91,170 @@ def _accumulates(weight: Tensor) -> bool:
         return False
 
 
-class Terms:
-    """What the penalty consists of at one step, with the gradients of all but the weights.
+class LayerTerm:
+    """One layer's part of the penalty at one step, for any regularizer.
 
     Attributes:
-        rows: per layer its hook, its pieces (None without a strength), the strength, and the
-            gradients of its own parameters, already multiplied by the strength.
-        values: (layer, strength x R) of the layers that have a strength, 0-d float64.
-        counts: (layer, members of each representative) of the same, (G, K) float64.
+        names: the layer's name.
+        inputs: its weight and its own parameters.
+        values: (1,) strength x R; None without a strength.
     """
 
-    def __init__(
-        self,
-        hooks: Sequence[WeightHook],
-        step: int,
-        pull: Penalty | None,
-    ):
-        self.rows: list[tuple[WeightHook, Pieces | None, float | Tensor, list[Tensor]]] = []
-        self.values: list[tuple[Attached, Tensor]] = []
-        self.counts: list[tuple[Attached, Tensor]] = []
-        for hook in hooks:
-            attached = hook.attached
-            own = attached.own_parameters()
-            strength: float | Tensor = attached.strength(step)
-            if pull is None or not strength:
-                self.rows.append((hook, None, 0.0, [torch.zeros_like(p) for p in own]))
-                continue
-            attached.measure(hook.regularizer)
-            layer = attached.pieces(step)
-            value, counts, gradients = evaluate(hook.regularizer, layer)
-            gradients["codebook"] = reduce_codebook_gradient(
-                gradients["codebook"], hook.regularizer.members(counts), pull.codebook_gradient
-            )
-            if pull.even_rate:
-                strength = strength * layer.weight.numel() * layer.std.square()
-            _, order = attached.rows()
-            grads = [
-                strength * _in_own_order(gradients[name], order, parameter)
-                for name, parameter in zip(gradients, own, strict=True)
-            ]
-            self.rows.append((hook, layer, strength, grads))
-            self.values.append((attached, strength * value))
-            self.counts.append((attached, counts))
+    def __init__(self, hook: WeightHook, regularizer: Regularizer, pull: Penalty | None, step: int):
+        attached = self.attached = hook.attached
+        self.hook, self.regularizer = hook, regularizer
+        own = attached.own_parameters()
+        self.names, self.inputs = [attached.name], [attached.weight, *own]
+        self.values = None
+        self.gradients = [torch.zeros_like(p) for p in own]
+        strength: float | Tensor = attached.strength(step)
+        if pull is None or not strength:
+            return
+        self.layer = attached.pieces(step)
+        value, self.counts, found = evaluate(regularizer, self.layer)
+        members = regularizer.members(self.counts)
+        found["codebook"] = reduce_codebook_gradient(
+            found["codebook"], members, pull.codebook_gradient
+        )
+        if pull.even_rate:
+            strength = strength * self.layer.weight.numel() * self.layer.std.square()
+        self.strength = strength
+        _, order = attached.rows()
+        self.gradients = [
+            strength * torch.empty_like(g).scatter_(1, order, g).view_as(parameter)
+            for g, parameter in zip(found.values(), own, strict=True)
+        ]
+        self.values = (strength * value).view(1)
 
-    def total(self, like: Tensor) -> Tensor:
-        """Return the sum over layers, 0-d, on the device of `like`, float32 at least."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=torch.float64, device=like.device)
-        for _, value in self.values:
-            total += value.to(like.device)
+    def note_usage(self, momentum: float) -> None:
+        """In place: take the members of each representative into the running usage."""
+        if self.values is not None:
+            self.attached.note_usage(self.counts, momentum)
+
+    def backward(self, gradient: Tensor) -> tuple[Gradients, list[WeightHook]]:
+        """Return the gradients of the inputs, and the hooks that owe theirs to a weight."""
+        to_weight, owing = None, []
+        if self.values is not None and self.inputs[0].requires_grad:
+            factor = gradient.to(self.inputs[0].device) * self.strength
+            to_weight = self.hook.gradient(
+                lambda out: add_weight_gradient(self.regularizer, self.layer, factor, out)
+            )
+            owing = [self.hook] if to_weight is None else []
+        own = zip(self.gradients, self.inputs[1:], strict=True)
+        to_own = [(g * gradient.to(g.device)).to(p.dtype) for g, p in own]
+        return [to_weight, *to_own], owing
+
+
+class StackTerm:
+    """A stack's part of the penalty at one step.
+
+    Attributes:
+        names: the layers' names.
+        inputs: their weights, then their codebooks.
+        values: (L,) strength x R; None where their pull is off.
+    """
+
+    def __init__(self, stack: Stack, power: int, pull: Penalty | None, strengths: list[float]):
+        self.stack, self.power = stack, power
+        self.names = [layer.name for layer in stack.layers]
+        self.inputs = [*stack.parameters, *stack.codebooks()]
+        self.values = None
+        self.codebook, order = stack.rows()
+        self.gradient = torch.zeros_like(self.codebook)
+        if pull is None or not any(strengths):
+            return
+        found = stack.measure(power)
+        self.counts = found.counts
+        factors = stack.strengths(strengths)
+        if pull.even_rate:
+            factors = factors * stack.sizes * found.std.square()
+        factors = factors / (stack.sizes.clamp(min=1) * found.std**power)
+        self.values = found.totals * factors
+        self.factors = power * factors
+        to_codebook = found.sums * -self.factors[stack.row_layer, None]
+        to_codebook = reduce_codebook_gradient(to_codebook, found.counts, pull.codebook_gradient)
+        self.gradient = stack.in_own_order(to_codebook, order)
+
+    def note_usage(self, momentum: float) -> None:
+        """In place: take the members of each representative into the running usage."""
+        if self.values is not None:
+            self.stack.note_usage(self.counts, momentum)
+
+    def backward(
+        self, gradient: Tensor, hooks: dict[str, WeightHook]
+    ) -> tuple[Gradients, list[WeightHook]]:
+        """Return the gradients of the inputs, and the hooks that owe theirs to a weight."""
+        stack, count = self.stack, len(self.names)
+        to_weights: Gradients = [None] * count
+        owing = []
+        if self.values is not None:
+            factors = self.factors * gradient.to(self.factors)
+            to_weights[: stack.small] = self._small_gradients(factors)
+            for i in range(stack.small, count):
+                hook = hooks[self.names[i]]
+                if stack.parameters[i].requires_grad:
+                    to_weights[i] = hook.gradient(self._adds(i, factors[i : i + 1]))
+                    owing += [hook] if to_weights[i] is None else []
+        dtype = stack.layers[0].codebook.dtype
+        to_codebooks = (self.gradient * gradient.to(self.gradient)).to(dtype)
+        return [*to_weights, *stack.split(to_codebooks)], owing
+
+    def _adds(self, i: int, factor: Tensor) -> Adds:
+        layer, rows = self.stack.layers[i], self.codebook[self.stack.spans[i]]
+        return lambda out: pull_all([out], [layer.view()], rows, None, self.power, factor)
+
+    def _small_gradients(self, factors: Tensor) -> Gradients:
+        stack = self.stack
+        if not stack.small:
+            return []
+        weights = stack.parameters[: stack.small]
+        size = sum(weight.numel() for weight in weights)
+        outs = stack.split_small(weights[0].new_zeros(size))
+        rows = self.codebook[: stack.spans[stack.small - 1].stop]
+        pull_all(outs, stack.small_weights, rows, None, self.power, factors[: stack.small])
+        return [o if w.requires_grad else None for o, w in zip(outs, weights, strict=True)]
+
+
+Term = LayerTerm | StackTerm
+
+
+class PenaltyFunction(torch.autograd.Function):
+    """Sum of strength x R over layers; see the module's docstring for the weights' gradient."""
+
+    @staticmethod
+    def forward(ctx, hooks: dict[str, WeightHook], terms: Sequence[Term], *tensors: Tensor):
+        """Add up the terms, on the device of the first of the terms' inputs, `tensors`."""
+        ctx.save_for_backward(*tensors)
+        ctx.hooks, ctx.terms = hooks, terms
+        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+        for term in terms:
+            if term.values is not None:
+                total += term.values.sum().to(total.device)
         return total.to(dtype)
 
+    @staticmethod
+    @once_differentiable
+    # The decorator's stub makes ctx positional-only; the base class calls it positionally.
+    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the gradients of codebooks and small weights; leave the others to their hooks."""
+        (gradient,) = grad_outputs
+        ctx.saved_tensors  # noqa: B018  raises if a weight or codebook was changed in between
+        result: Gradients = []
+        owed: list[WeightHook] = []
+        for term in ctx.terms:
+            if isinstance(term, StackTerm):
+                gradients, owing = term.backward(gradient, ctx.hooks)
+            else:
+                gradients, owing = term.backward(gradient)
+            result += gradients
+            owed += owing
+        if owed:
+            engine = torch.autograd.Variable._execution_engine  # pyright: ignore
+            engine.queue_callback(lambda: _flush(owed))
+        return (None, None, *result)
 
-def _in_own_order(gradient: Tensor, order: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Undo the sort by value: (G, K) gradient in the shape and order of the parameter."""
-    return torch.empty_like(gradient).scatter_(1, order, gradient).view_as(parameter)
+
+def _flush(hooks: Sequence[WeightHook]) -> None:
+    for hook in hooks:
+        hook.flush()

@@ -12,7 +12,6 @@ from ._codebook import boundaries_of
 from ._errors import PlanError
 from ._kernels import (
     PIECE,
-    Measures,
     assign_pieces,
     compute_dtype,
     count,
@@ -119,7 +118,6 @@ class Pieces:
         usage: (G, K) running share.
         parameters: the regularizer's own tensors, (G, K) each, in codebook order.
         step: steps taken.
-        measured: what `measure` gives for these weights and this codebook, if that is known.
     """
 
     weight: Tensor
@@ -128,7 +126,6 @@ class Pieces:
     usage: Tensor
     parameters: Mapping[str, Tensor]
     step: int
-    measured: Measures | None = None
 
     def boundaries(self, regularizer: Regularizer) -> Tensor | None:
         """Return where assignment changes, (G, K - 1) ascending; None for the midpoints."""
@@ -151,13 +148,6 @@ class Pieces:
         return LayerState(codebook[rows], self.usage[rows], own, self.step)
 
 
-def _number(value: Tensor | float) -> Tensor | float:
-    """Return a 0-d tensor as a plain number, which is cheaper, where that waits for no device."""
-    if not isinstance(value, Tensor):
-        return value
-    return float(value) if value.device.type == "cpu" else value.double()
-
-
 def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return R, the members of each cluster, and the exact gradients of everything but weights.
 
@@ -172,10 +162,8 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
         boundaries = layer.boundaries(regularizer)
-        totals, _, counts, sums = layer.measured or measure_all(
-            [layer.weight], layer.codebook, boundaries, power
-        )
-        scale = 1 / (size * _number(layer.std) ** power)
+        totals, _, counts, sums = measure_all([layer.weight], layer.codebook, boundaries, power)
+        scale = 1 / (size * layer.std.double() ** power)
         return totals[0] * scale, counts, {"codebook": sums * (-power * scale)}
     k = layer.codebook.shape[1]
     free = {"codebook": layer.codebook / layer.std, **layer.parameters}

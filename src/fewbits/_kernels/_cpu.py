@@ -115,7 +115,7 @@ class _Table:
         # Where no representative is needed, any numbers will do.
         codebook = torch.zeros(self.rows, self.k) if codebook is None else codebook.contiguous()
         addresses = None if outs is None else array("q", [out.data_ptr() for out in outs])
-        summed = operation in (MEASURE, SUMS, MOMENTS)
+        summed = operation in (MEASURE, SUMS, MOVE, MOMENTS)
         count = len(self.weights)
         sizes = (2 * self.parts + 2 * self.slots * self.k, 2 * count + 2 * self.rows * self.k)
         work, results = (torch.empty(n if summed else 0, dtype=torch.float64) for n in sizes)
@@ -231,15 +231,16 @@ def move_all(
     boundaries: Tensor | None,
     power: int,
     amounts: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """See `_eager.move_all`."""
     table = _Table.of(weights, codebook.shape[1]) if codebook.dtype == torch.float32 else None
     if table is None:
-        _eager.move_all(weights, codebook, boundaries, power, amounts)
-        return
-    table.run(
+        return _eager.move_all(weights, codebook, boundaries, power, amounts)
+    results = table.run(
         MOVE, codebook=codebook, boundaries=boundaries, outs=weights, power=power, amounts=amounts
     )
+    torch.autograd.graph.increment_version(weights)  # as torch does where it writes
+    return table.sums(results)
 
 
 def std(weight: Tensor) -> Tensor:

@@ -397,7 +397,7 @@ def move_all(
     boundaries: Tensor | None,
     power: int,
     amounts: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """In place: move each weight towards its representative, never past it.
 
     Args:
@@ -407,7 +407,13 @@ def move_all(
         power: 2 moves by the share `amount` of the way, 1 by `amount` until it arrives.
         amounts: (L,) float64, on the weights' device, at least 0; in the weights' units where
             `power` is 1.
+
+    Returns:
+        the members of each cluster and the sum of weight - representative that they are left at,
+        before rounding to a narrower type; (R, K) float64.
     """
+    counts = torch.zeros(codebook.shape, dtype=torch.float64, device=codebook.device)
+    left = torch.zeros_like(counts)
     for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
         amount = amounts[i].to(codebook.dtype)
         some_boundaries = None if boundaries is None else boundaries[own]
@@ -418,6 +424,10 @@ def move_all(
             else:
                 moved = nearest + (distance - distance.clamp(-amount, amount))
             weight[rows, columns] = moved.to(weight.dtype)
+            some_counts, some_left = accumulate(moved - nearest, indices, codebook.shape[1])
+            counts[own][rows] += some_counts
+            left[own][rows] += some_left
+    return counts, left
 
 
 def std(weight: Tensor) -> Tensor:

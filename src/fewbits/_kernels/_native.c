@@ -221,7 +221,7 @@ static void run_part(int operation, const Job *job, int64_t part, Search *s, Sum
         row = 0;
     }
     double total[8] = {0}, squares[8] = {0};
-    int summed = operation == MEASURE || operation == SUMS;
+    int summed = operation == MEASURE || operation == SUMS || operation == MOVE;
     for (int64_t stop = row + rows < job->groups ? row + rows : job->groups; row < stop; row++) {
         int64_t left = job->members - from, n = left < columns ? left : columns;
         int64_t at = row * job->members + from;
@@ -314,7 +314,7 @@ static void add_parts(int operation, const Job *job) {
             job->counts[j] += job->counts[part * job->k + j];
             job->sums[j] += job->sums[part * job->k + j];
         }
-        for (int t = 0; operation != SUMS && t < 2; t++)
+        for (int t = 0; (operation == MEASURE || operation == MOMENTS) && t < 2; t++)
             job->totals[t] += job->totals[2 * part + t];
     }
 }
@@ -359,7 +359,7 @@ static PyObject *combine(PyObject *self, PyObject *args) {
         int64_t at = call->entries[i].row * call->k, size = job.groups * job.k * sizeof(double);
         add_parts(operation, &job);
         if (operation == MEASURE) job.totals[1] = deviations(&job);
-        if (operation != SUMS) {
+        if (operation == MEASURE || operation == MOMENTS) {
             call->results[i] = job.totals[0];
             call->results[call->count + i] = job.totals[1];
         }

@@ -321,7 +321,7 @@ TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int
                              int64_t end, Sums *sums, double total[8]) {
     float weights[BLOCK], others[BLOCK], near[BLOCK];
     uint16_t index[BLOCK];
-    int indexed = operation == MEASURE || operation == SUMS || operation == ASSIGN;
+    int indexed = operation != PULL && operation != SNAP;
     for (int n; at < end; at += n) {
         n = end - at < BLOCK ? (int)(end - at) : BLOCK;
         const float *w = NAME(load)(job->weight, job->type, at, n, weights);
@@ -353,6 +353,8 @@ TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int
         case MOVE:
             NAME(move)(w, near, n, job->power, (float)job->amount, others);
             NAME(store)(job->out, job->out_type, at, n, others);
+            for (int i = 0; i < n; i++) others[i] -= near[i];
+            NAME(scatter)(others, index, n, 0, sums->lanes, sums->single);
             break;
         case SNAP: NAME(store)(job->out, job->out_type, at, n, near); break;
         default: NAME(assign)(index, n, at, job);

@@ -1,0 +1,207 @@
+"""Many layers in one call: codebooks stacked row by row, weights measured and moved together.
+
+For pulls whose passes are compiled (`Regularizer.power`) and whose assignment is to the nearest.
+What is per layer here is a row of a tensor, so a network of 150 small layers costs a step hardly
+more Python and torch calls than one of a single layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from ._attach import Attached
+from ._codebook import shares_memory
+from ._kernels import Weights, compute_dtype, measure_all, move_all
+
+# Weights in a layer whose gradient is computed with all others' into one buffer and returned to
+# autograd: 256 KB of float32. Larger ones add theirs in place, where a call of its own is nothing.
+SMALL = 1 << 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over L layers with R rows of codebooks found, float64.
+
+    Attributes:
+        totals: (L,) sum of |d|^power, d the distance to the representative.
+        std: (L,) standard deviation of the weights; 1 where all are equal.
+        counts: (R, K) members of each representative.
+        sums: (R, K) sum of sgn(d) |d|^(power - 1) over them.
+    """
+
+    totals: Tensor
+    std: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+class Stack:
+    """Layers that share device, types and K, the small ones first.
+
+    Attributes:
+        on: whether their pull is.
+        layers: L of them.
+        small: how many have their gradient computed together.
+        weights: their (G, n) views.
+        spans: each layer's rows among the R of all.
+        row_layer: (R,) the layer that each row belongs to.
+        sizes: (L,) float64 numbers of weights.
+        usage: (R, K) running share of each representative; the layers' own are views of it.
+    """
+
+    def __init__(self, layers: Sequence[Attached], on: bool):
+        self.on = on
+        self.layers = sorted(layers, key=lambda layer: not _is_small(layer))
+        self.small = sum(map(_is_small, layers))
+        self.parameters: list[nn.Parameter] = [layer.weight for layer in self.layers]
+        self._views = Weights(layer.view() for layer in self.layers)
+        pairs = zip(self.parameters, self._views, strict=True)
+        self._copies = not all(shares_memory(weight, view) for weight, view in pairs)
+        self.small_weights = Weights(self._views[: self.small])
+        groups = [layer.planned.groups for layer in self.layers]
+        ends = list(accumulate(groups))
+        self.spans = [slice(end - g, end) for end, g in zip(ends, groups, strict=True)]
+        device = self.parameters[0].device
+        numbers = torch.arange(len(groups), device=device)
+        self.row_layer = numbers.repeat_interleave(torch.tensor(groups, device=device))
+        sizes = [weight.numel() for weight in self.parameters]
+        self.sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
+        self.usage = torch.cat([layer.usage.to(device) for layer in self.layers])
+        for layer, span in zip(self.layers, self.spans, strict=True):
+            layer.usage = self.usage[span]
+        self._sorted: tuple[Tensor, Tensor, Tensor] | None = None
+        self._measured: tuple[list[int], Tensor, Measured] | None = None
+        self._strengths: tuple[list[float], Tensor] | None = None
+
+    def weights(self) -> Weights:
+        """Return the weights as (G, n) each; views, or copies where strides allow none."""
+        return Weights(layer.view() for layer in self.layers) if self._copies else self._views
+
+    def codebooks(self) -> list[nn.Parameter]:
+        """Return the layers' codebook parameters."""
+        return [layer.codebook for layer in self.layers]
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return all codebooks as (R, K) ascending, and the order that sorts them."""
+        now = _flatten_dense_tensors([c.detach() for c in self.codebooks()])
+        if self._sorted is None or not torch.equal(self._sorted[0], now):
+            # Kept with what it was sorted from: a codebook may be written to through `.data`.
+            wide = now.view(len(self.row_layer), -1).to(compute_dtype(now))
+            self._sorted = (now.clone(), *wide.sort(dim=1))
+        return self._sorted[1], self._sorted[2]
+
+    def in_own_order(self, values: Tensor, order: Tensor) -> Tensor:
+        """Return (R, K) values by rising representative in the order of the parameters."""
+        return torch.empty_like(values).scatter_(1, order, values)
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Return (R, K) values as views shaped like each layer's codebook parameter."""
+        return _unflatten_dense_tensors(values.view(-1), self.codebooks())  # pyright: ignore
+
+    def split_small(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Return a flat tensor as views shaped like the small weights, one after the other."""
+        return _unflatten_dense_tensors(flat, self.parameters[: self.small])  # pyright: ignore
+
+    def strengths(self, values: list[float]) -> Tensor:
+        """Return numbers, one a layer, as (L,) float64 on the weights' device."""
+        if self._strengths is None or self._strengths[0] != values:
+            numbers = torch.tensor(values, dtype=torch.float64, device=self.sizes.device)
+            self._strengths = (values, numbers)
+        return self._strengths[1]
+
+    def measure(self, power: int) -> Measured:
+        """Return sums and standard deviations, kept until a weight or a codebook changes."""
+        codebook, _ = self.rows()
+        versions = [weight._version for weight in self.parameters]
+        known = self._measured
+        if known is None or known[0] != versions or known[1] is not codebook:
+            totals, spreads, counts, sums = measure_all(self.weights(), codebook, None, power)
+            std = (spreads / self.sizes.clamp(min=1)).sqrt()
+            std = std.masked_fill(std == 0, 1.0)
+            known = (versions, codebook, Measured(totals, std, counts, sums))
+            self._measured = known
+        return known[2]
+
+    def forget(self) -> None:
+        """In place: measure anew, for weights that were written through `.data`."""
+        self._measured = None
+
+    def note_usage(self, counts: Tensor, momentum: float) -> None:
+        """In place: take the members of each representative, (R, K), into the running usage."""
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        self.usage.lerp_(share.to(self.usage.dtype), 1 - momentum)
+
+    def move(self, power: int, strengths: list[float]) -> tuple[Tensor, Tensor]:
+        """In place: give all weights one proximal step.
+
+        Args:
+            power: of the distance that pulls.
+            strengths: one a layer; see `Proximal`.
+
+        Returns:
+            the members of each representative and the sum of the distances they are left at,
+            (R, K) float64.
+        """
+        codebook, _ = self.rows()
+        amounts = self.strengths(strengths)
+        amounts = amounts / (1 + amounts) if power == 2 else amounts * self.measure(power).std
+        views = self.weights()
+        result = move_all(views, codebook, None, power, amounts)
+        if self._copies:
+            for layer, view in zip(self.layers, views, strict=True):
+                layer.write_view(layer.weight.detach(), view)
+        self.forget()
+        return result
+
+    def average(self, counts: Tensor, left: Tensor, share: float) -> None:
+        """In place: move each representative a share of the way to its cluster's mean.
+
+        Args:
+            counts: (R, K) members of each.
+            left: (R, K) sum of their distances to it.
+            share: 0 … 1.
+        """
+        codebook, order = self.rows()
+        moved = codebook.double() + share * left / counts.clamp(min=1)
+        moved = self.in_own_order(moved.to(codebook.dtype), order)
+        own = [codebook.detach() for codebook in self.codebooks()]
+        torch._foreach_copy_(own, self.split(moved))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _is_small(layer: Attached) -> bool:
+    weight = layer.weight
+    return (
+        weight.numel() <= SMALL
+        and weight.is_contiguous()
+        and (layer.planned.groups == 1 or layer.planned.axis == 0)
+    )
+
+
+class Stacks:
+    """All layers in as few stacks as there can be, put together anew when something has moved."""
+
+    def __init__(self, layers: Sequence[Attached]):
+        self.layers = list(layers)
+        self._key: tuple[list[bool], list[int]] | None = None
+        self._stacks: list[Stack] = []
+
+    def current(self, on: list[bool]) -> list[Stack]:
+        """Return the stacks, of layers whose pull is on and of layers whose pull is off.
+
+        Args:
+            on: whether each layer's pull is on.
+        """
+        key = (on, [layer.weight.data_ptr() for layer in self.layers])
+        if key != self._key:
+            alike: dict[tuple, list[Attached]] = {}
+            for layer, pulled in zip(self.layers, on, strict=True):
+                weight, codebook = layer.weight, layer.codebook
+                kind = (pulled, weight.device, weight.dtype, codebook.dtype, layer.planned.k)
+                alike.setdefault(kind, []).append(layer)
+            self._stacks = [Stack(some, on=kind[0]) for kind, some in alike.items()]
+            self._key = key
+        return self._stacks
