@@ -23,6 +23,8 @@ SUMS = [
     ("MEASURE", 2, "float16", "float16", 1, 32, 32),
     ("MEASURE", 2, "bfloat16", "bfloat16", 256, 1, 1024),
     ("CLUSTER_SUMS", 2, "bfloat16", "float32", 64, 1, 1024),
+    ("MOVE", 2, "float16", "float16", 4, 8, 128),
+    ("MOVE", 1, "float32", "float32", 128, 1, 1024),
     ("MOMENTS", 1, "float16", "float16", 1, 1, 1024),
 ]
 APPLIED = [
@@ -31,8 +33,7 @@ APPLIED = [
     ("SNAP", 1, "bfloat16", "bfloat16", 65536, 1, 1024),
     ("PULL", 2, "float32", "float32", 16, 1, 1024),
     ("PULL", 1, "bfloat16", "bfloat16", 32, 8, 128),
-    ("MOVE", 2, "float16", "float16", 4, 1, 1024),
-    ("MOVE", 1, "float32", "float32", 256, 1, 1024),
+    ("MOVE", 2, "bfloat16", "bfloat16", 256, 1, 1024),
 ]
 TABLE = {"table": "*i64", "levels": "i32"}
 SEARCH = {"codebook": "*fp32", "boundaries": "*fp32", "k": "i32", "stride": "i32", "others": "*i64"}
@@ -94,7 +95,7 @@ def test_every_variant_compiles_for_a_gpu_without_atomics(compiled, case, aligne
 
     operation, power, weight, other, k, rows, columns = case
     if case in SUMS:
-        kernel, own = passes.sums, {"results": "*fp64", "partial": "*fp64"}
+        kernel, own = passes.sums, {"amounts": "*fp64", "results": "*fp64", "partial": "*fp64"}
     else:
         kernel, own = passes.apply, {"amounts": "*fp64"}
     ptx = compiled(

@@ -26,7 +26,6 @@ from . import _eager, _triton_passes
 
 passes: Any = _triton_passes  # Triton makes of a function something that is launched by index
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_DEVICE = "cpu" if _INTERPRETED else "cuda"
 _TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -37,7 +36,7 @@ _TYPES = {
 _WEIGHTS = frozenset([torch.float32, torch.bfloat16, torch.float16])
 
 MOST_VALUES = 1 << 16  # an index takes 16 bits
-# Sums by masks take time in proportion to K: beyond this, plain torch's scattered additions.
+# Sums by masks take time in proportion to K: beyond this, plain torch adds.
 MOST_SUMMED = 1 << 12
 
 TILE = passes.TILE.value
@@ -73,8 +72,7 @@ class _Launch:
     """The weights that one launch can take: those with tiles of one shape.
 
     Attributes:
-        rows: of a tile.
-        columns: of a tile.
+        rows, columns: of a tile.
         aligned: whether all weights and their rows begin on 16 bytes.
         fields: the rows of the table, as `_triton_passes` has them.
         programs: how many parts there are.
@@ -194,21 +192,24 @@ class _Table:
         codebook: Tensor,
         boundaries: Tensor | None,
         power: int = 1,
-        values: Sequence[Tensor] = (),
+        others: Sequence[Tensor] = (),
+        amounts: Tensor | None = None,
     ) -> Tensor:
         """Return the totals, spreads, counts and sums of an operation, as far as it has them."""
-        count, double = len(self.weights), torch.float64
-        results = torch.zeros(2 * count + 2 * self.rows * self.k, dtype=double, device=self.device)
-        partial = torch.empty(self.partial, dtype=double, device=self.device)
-        variant = (operation, power)
-        self.launch(passes.sums, codebook, boundaries, values, (results, partial), variant)
-        for added in (self.clusters, self.totals):
-            unwanted = passes.MOMENTS if added is self.clusters else passes.CLUSTER_SUMS
-            if added.programs and operation != unwanted:
-                with _on(self.device):
-                    passes.combine[(added.programs,)](
-                        *added.place(), partial, results, count, **OPTIONS
-                    )
+        count = len(self.weights)
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        results = like.new_zeros(2 * count + 2 * self.rows * self.k)
+        partial = like.new_empty(self.partial)
+        own = (results if amounts is None else amounts.contiguous(), results, partial)
+        self.launch(passes.sums, codebook, boundaries, others, own, (operation, power))
+        combined = [self.clusters] if operation != passes.MOMENTS else []
+        if operation in (passes.MEASURE, passes.MOMENTS):
+            combined.append(self.totals)
+        with _on(self.device):
+            for some in combined:
+                if some.programs:
+                    add = passes.combine[(some.programs,)]
+                    add(*some.place(), partial, results, count, **OPTIONS)
         return results
 
     def apply(
@@ -234,13 +235,10 @@ class _Table:
         variant: tuple[Any, int],
     ) -> None:
         """In place: run a kernel on all weights and as many others, with arguments of its own."""
-        padded, types = (
-            _power_of_two(self.k),
-            (self.weights[0].dtype, (others or self.weights)[0].dtype),
-        )
-        chunks = 1
-        if kernel is passes.sums and variant[0] != passes.MOMENTS:
-            chunks = -(-padded // passes.SUMMED.value)
+        padded = _power_of_two(self.k)
+        types = (self.weights[0].dtype, (others or self.weights)[0].dtype)
+        summed = kernel is passes.sums and variant[0] != passes.MOMENTS
+        chunks = -(-padded // passes.SUMMED.value) if summed else 1
         aligned = all(other.data_ptr() % 16 == 0 for other in others)
         with _on(self.device):
             codebook, boundaries, stride = self.search(codebook, boundaries)
@@ -298,7 +296,7 @@ def _fit(k: int, tensors: Sequence[Tensor]) -> bool:
         and all(
             t.dtype is tensors[0].dtype
             and t.dtype in _WEIGHTS
-            and t.device.type == _DEVICE
+            and t.device.type == ("cpu" if _INTERPRETED else "cuda")
             and t.device == tensors[0].device
             and t.is_contiguous()
             and not t.is_neg()
@@ -309,8 +307,8 @@ def _fit(k: int, tensors: Sequence[Tensor]) -> bool:
 
 
 def _table(weights: Sequence[Tensor], codebook: Tensor, most: int) -> _Table | None:
-    fits = codebook.dtype == torch.float32 and codebook.shape[1] <= most
-    return _Table.of(weights, codebook.shape[1]) if fits else None
+    k = codebook.shape[1]
+    return _Table.of(weights, k) if codebook.dtype == torch.float32 and k <= most else None
 
 
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
@@ -380,13 +378,16 @@ def move_all(
     boundaries: Tensor | None,
     power: int,
     amounts: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """See `_eager.move_all`."""
-    table = _table(weights, codebook, MOST_VALUES)
+    table = _table(weights, codebook, MOST_SUMMED)
     if table is None:
-        _eager.move_all(weights, codebook, boundaries, power, amounts)
-        return
-    table.apply(passes.MOVE, weights, codebook, boundaries, power, amounts)
+        return _eager.move_all(weights, codebook, boundaries, power, amounts)
+    results = table.sum(passes.MOVE, codebook, boundaries, power, weights, amounts)
+    if table.k > passes.SUMMED.value:
+        table.apply(passes.MOVE, weights, codebook, boundaries, power, amounts)
+    torch.autograd.graph.increment_version(weights)  # as torch does where it writes
+    return table.sums(results)
 
 
 def std(weight: Tensor) -> Tensor:

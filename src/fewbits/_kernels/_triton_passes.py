@@ -129,6 +129,20 @@ def _nearest(index, row, block, inside, codebook, k, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _moved(w, nearest, amount, POWER: tl.constexpr):
+    """Return the weights moved towards their representatives."""
+    if POWER == 2:
+        # From the nearer end, so that the whole way ends on the representative itself.
+        way = nearest - w
+        moved = tl.where(amount < 0.5, w + amount * way, nearest - way * (1 - amount))
+    else:
+        away = w - nearest
+        left = tl.where(away > 0, away - amount, away + amount)
+        moved = nearest + tl.where(tl.abs(away) <= amount, 0.0, left)
+    return moved
+
+
+@triton.jit
 def _add(index, value, summed, counted, S: tl.constexpr):
     """Return the sums and counts of S clusters with one tile's added."""
     slots = tl.arange(0, S)[None, :]
@@ -153,7 +167,8 @@ def sums(  # noqa: PLR0913  # what a launch has is given one by one
     boundaries,  # float32, `stride` from one row to the next
     k,
     stride,
-    others,  # addresses of what to sum, one a weight
+    others,  # addresses of what to sum or write, one a weight
+    amounts,  # float64, one a weight
     results,
     partial,
     OPERATION: tl.constexpr,
@@ -165,7 +180,11 @@ def sums(  # noqa: PLR0913  # what a launch has is given one by one
     COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Sum over each cluster of one part of one weight; and over all of it, but for CLUSTER_SUMS."""
+    """Sum over each cluster of one part of one weight, and over all of it, as asked for.
+
+    MOVE sums what is left of the way, and writes the moved weights where one program sees all
+    clusters: others would read what it wrote.
+    """
     row, program = _own_row(table, weights, levels, FIELDS)
     S: tl.constexpr = K if K < SUMMED else SUMMED
     chunks: tl.constexpr = 1 if OPERATION == MOMENTS else K // S
@@ -183,7 +202,7 @@ def sums(  # noqa: PLR0913  # what a launch has is given one by one
     for tile in range(part * tiles, end):
         start, offset, inside, size = _tile(row, block, tile, ROWS, COLUMNS, ALIGNED)
         w = tl.load(weight + start + offset, mask=inside, other=0.0).to(tl.float32)
-        if OPERATION != CLUSTER_SUMS:
+        if OPERATION == MEASURE or OPERATION == MOMENTS:
             # Sums of w - pivot and its square, by way of a number near the tile's mean: squares
             # of large equal parts would drown the rest. Equal weights give exactly 0.
             near = pivot + tl.sum(tl.where(inside, w - pivot, 0.0)) / size
@@ -199,6 +218,15 @@ def sums(  # noqa: PLR0913  # what a launch has is given one by one
                 value = tl.load(other + start + offset, mask=inside, other=0.0).to(tl.float32)
                 if POWER == 2:
                     value = value * value
+            elif OPERATION == MOVE:
+                number = tl.load(row + NUMBER)
+                amount = tl.load(amounts + number).to(tl.float32)
+                nearest = _nearest(index, row, block, inside, codebook, k, ROWS)
+                moved = _moved(w, nearest, amount, POWER)
+                value = tl.where(inside, moved - nearest, 0.0)
+                if chunks == 1:
+                    to = _address(others + number, OTHER_TYPE, ALIGNED) + start + offset
+                    tl.store(to, moved.to(OTHER_TYPE), mask=inside)
             else:
                 nearest = _nearest(index, row, block, inside, codebook, k, ROWS)
                 value = tl.where(inside, w - nearest, 0.0)
@@ -219,7 +247,7 @@ def sums(  # noqa: PLR0913  # what a launch has is given one by one
             to = results
         tl.store(to + tl.load(row + COUNTS) + at, counted.to(tl.float64), mask=there)
         tl.store(to + tl.load(row + SUMS) + at, summed, mask=there)
-    if OPERATION != CLUSTER_SUMS:
+    if OPERATION == MEASURE or OPERATION == MOMENTS:
         blocks = tl.cdiv(tl.load(row + GROUPS), ROWS)
         to = partial + tl.load(row + TOTALS) + program
         tl.store(to, total, mask=chunk == 0)
@@ -232,7 +260,7 @@ def _run(partial, length):
     """Return the sum of `length` numbers, always in the same order."""
     lane = tl.arange(0, TILE)
     found = tl.zeros([TILE], tl.float64)
-    for start in range(0, length):
+    for start in range(0, length, TILE):
         found += tl.load(partial + start + lane, mask=lane < length - start, other=0.0)
     return tl.sum(found)
 
@@ -300,14 +328,8 @@ def apply(  # noqa: PLR0913  # as above
             if POWER == 1:
                 away = (away > 0).to(tl.float32) - (away < 0).to(tl.float32)
             found = tl.load(to, mask=inside, other=0.0).to(tl.float32) + amount * away
-        elif POWER == 2:
-            # From the nearer end, so that the whole way ends on the representative itself.
-            way = nearest - w
-            found = tl.where(amount < 0.5, w + amount * way, nearest - way * (1 - amount))
         else:
-            away = w - nearest
-            left = tl.where(away > 0, away - amount, away + amount)
-            found = nearest + tl.where(tl.abs(away) <= amount, 0.0, left)
+            found = _moved(w, nearest, amount, POWER)
         tl.store(to, found.to(OTHER_TYPE), mask=inside)
 
 
