@@ -134,7 +134,7 @@ def test_triton_is_loaded_for_the_first_weight_on_a_gpu_and_no_sooner(told, expe
     code = (
         "import sys, torch; from fewbits import _kernels as kernels\n"
         "kernels.snap(torch.ones(1, 2), torch.ones(1, 1), torch.ones(1, 0))\n"
-        "print('triton' in sys.modules, kernels._for_cuda().__name__)"
+        "print('triton' in sys.modules, kernels.for_cuda().__name__)"
     )
     assert run(["-c", code], FEWBITS_NO_NATIVE=told).stdout.split() == [
         "False",
@@ -145,6 +145,6 @@ def test_triton_is_loaded_for_the_first_weight_on_a_gpu_and_no_sooner(told, expe
 def test_without_triton_plain_torch_is_chosen_for_a_gpu():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from fewbits import _kernels as kernels; print(kernels._for_cuda().__name__)"
+        "from fewbits import _kernels as kernels; print(kernels.for_cuda().__name__)"
     )
     assert run(["-c", code]).stdout.split() == ["fewbits._kernels._eager"]

@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 @functools.cache
-def _for_cuda() -> ModuleType:
+def for_cuda() -> ModuleType:
     """Return the implementation for CUDA: importing Triton takes a second, so not before."""
     if os.environ.get("FEWBITS_NO_NATIVE"):
         return _eager
@@ -62,7 +62,7 @@ def _by_device(function: Callable[P, R]) -> Callable[P, R]:
         first = arguments[0]
         tensor = first if isinstance(first, Tensor) else next(iter(first), None)  # pyright: ignore
         on_cuda = tensor is not None and tensor.is_cuda
-        return (getattr(_for_cuda(), name) if on_cuda else on_cpu)(*arguments, **named)
+        return (getattr(for_cuda(), name) if on_cuda else on_cpu)(*arguments, **named)
 
     return call
 
