@@ -65,7 +65,6 @@ def stepper(k: int, images: Tensor, labels: Tensor) -> Callable[[], None]:
     """Return a function that takes a training step of VGG16; k = 0 trains without clustering."""
     torch.manual_seed(0)
     model = build("vgg16", classes=10, shape=(3, 32, 32)).cuda()
-    model = model.to(memory_format=torch.channels_last)
     clustering = fewbits.Clustering(model, k=k, snapped_forward=False) if k else None
     groups = clustering.param_groups(lr=0.01) if clustering else model.parameters()
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
@@ -88,7 +87,7 @@ def stepper(k: int, images: Tensor, labels: Tensor) -> Callable[[], None]:
 
 def steps(batch: int, sizes: list[int], pairs: int) -> None:
     """Print what the penalty adds to a training step."""
-    images = torch.randn(batch, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, 32, 32, device="cuda")
     labels = torch.randint(10, (batch,), device="cuda")
     plain = stepper(0, images, labels)
     print(f"\nVGG16, batch {batch}, bfloat16, compiled\n")

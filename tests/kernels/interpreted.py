@@ -137,6 +137,13 @@ def test_the_largest_codebook_keeps_exact_indices():
     assert torch.equal(kernels.snap(weight, codebook, _eager.midpoints(codebook)), weight)
 
 
+@pytest.mark.parametrize("k", [2, 16, 41])
+def test_a_weight_on_a_boundary_takes_the_lower_representative(k):
+    codebook = torch.arange(k, dtype=torch.float32)[None]
+    boundaries = _eager.midpoints(codebook)
+    assert kernels.assign(boundaries, boundaries).tolist() == [list(range(k - 1))]
+
+
 def test_boundaries_decide_as_they_are():
     boundaries = torch.linspace(-1, 1, 40)[None]
     boundaries[:, 0], boundaries[:, -2:] = -torch.inf, torch.inf
@@ -172,10 +179,10 @@ def test_the_spread_is_right_however_far_off_the_codebook_lies():
 
 def test_sums_of_many_weights_are_exact_beyond_float32():
     # Tiles are added up in float64: in float32 a sum above 2^24 cannot be odd.
-    weight = torch.ones(1, 2**14 + 1)
-    counts, sums = kernels.cluster_sums(weight * 1025, weight, torch.tensor([[-1.0]]))
-    assert counts.tolist() == [[0.0, 2.0**14 + 1]]
-    assert sums.tolist() == [[0.0, 1025 * (2.0**14 + 1)]]
+    weight = torch.ones(1, 3_073)
+    counts, sums = kernels.cluster_sums(weight * 8_193, weight, torch.tensor([[-1.0]]))
+    assert counts.tolist() == [[0.0, 3_073.0]]
+    assert sums.tolist() == [[0.0, 3_073.0 * 8_193]]
 
 
 @pytest.mark.parametrize("view", [lambda t: t[:, ::2], lambda t: t.T, lambda t: t[:, 3:]])
