@@ -312,18 +312,7 @@ class Clustering:
         """Return the stacks with the strengths of their layers at a step."""
         if self._stacks is None:
             return []
-        schedules = {id(layer.strength): layer.strength for layer in self._layers}
-        values = {key: schedule(step) for key, schedule in schedules.items()}
-        strengths = {layer.name: values[id(layer.strength)] for layer in self._layers}
-        moved = isinstance(self.pull, Proximal)
-        on = [
-            strengths[layer.name] > 0 and (layer.weight.requires_grad or not moved)
-            for layer in self._layers
-        ]
-        return [
-            (stack, [strengths[layer.name] for layer in stack.layers] if stack.on else [])
-            for stack in self._stacks.current(on)
-        ]
+        return self._stacks.current(step, moving=isinstance(self.pull, Proximal))
 
     def _terms(self, pull: Penalty | None) -> list[Term]:
         if self._stacks is None:

@@ -157,7 +157,7 @@ class StackTerm:
     def __init__(self, stack: Stack, power: int, pull: Penalty | None, strengths: list[float]):
         self.stack, self.power = stack, power
         self.names = [layer.name for layer in stack.layers]
-        self.inputs = [*stack.parameters, *stack.codebooks()]
+        self.inputs = [*stack.parameters, *stack.codebooks]
         self.values = None
         self.codebook, order = stack.rows()
         self.gradient = torch.zeros_like(self.codebook)
@@ -208,8 +208,7 @@ class StackTerm:
         if not stack.small:
             return []
         weights = stack.parameters[: stack.small]
-        size = sum(weight.numel() for weight in weights)
-        outs = stack.split_small(weights[0].new_zeros(size))
+        outs = [torch.zeros_like(weight) for weight in weights]
         rows = self.codebook[: stack.spans[stack.small - 1].stop]
         pull_all(outs, stack.small_weights, rows, None, self.power, factors[: stack.small])
         return [o if w.requires_grad else None for o, w in zip(outs, weights, strict=True)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
 from ._kernels import cluster_sums, compute_dtype, snap
@@ -32,13 +33,57 @@ class Switch:
     cost: Tensor | None = None
 
 
+def _forward(
+    weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the snapped weight, and the order and boundaries of the (G, K) codebook."""
+    ordered, order = codebook.to(compute_dtype(codebook)).sort(dim=1)
+    boundaries = boundaries_of(ordered, cost)
+    snapped = snap(grouped(weight, len(codebook), axis), ordered, boundaries)
+    return ungrouped(snapped, weight, len(codebook), axis), order, boundaries
+
+
+def _codebook_gradient(
+    gradient: Tensor, weight: Tensor, order: Tensor, boundaries: Tensor, axis: int, how: str
+) -> Tensor:
+    """Return the (G, K) gradient of the codebook in its own order, float64."""
+    view, values = (grouped_like(t, weight, len(order), axis) for t in (weight, gradient))
+    counts, sums = cluster_sums(values, view, boundaries)
+    reduced = reduce_codebook_gradient(sums, counts, how)  # pyright: ignore[reportArgumentType]
+    return torch.empty_like(reduced).scatter_(1, order, reduced)
+
+
+class _Snap(torch.autograd.Function):
+    """`fewbits::snap` without the 100 microseconds that calling a custom operator takes."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, codebook: Tensor, switch: Switch) -> Tensor:
+        rows = codebook if codebook.dim() == 2 else codebook[None]
+        snapped, ctx.order, ctx.boundaries = _forward(weight, rows, switch.cost, switch.axis)
+        ctx.save_for_backward(weight, codebook)
+        ctx.axis, ctx.how = switch.axis, switch.codebook_gradient
+        return snapped
+
+    @staticmethod
+    @once_differentiable
+    # The decorator's stub makes ctx positional-only; the base class calls it positionally.
+    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = grad_outputs
+        weight, codebook = ctx.saved_tensors
+        to_codebook = None
+        if ctx.needs_input_grad[1]:
+            # Indices are searched again rather than kept: a nanosecond a weight against a byte.
+            found = _codebook_gradient(
+                gradient, weight, ctx.order, ctx.boundaries, ctx.axis, ctx.how
+            )
+            to_codebook = found.to(codebook.dtype).view_as(codebook)
+        return gradient, to_codebook, None
+
+
 # Custom operators, so that torch.compile sees one opaque call and never unrolls the pieces.
 @torch.library.custom_op("fewbits::snap", mutates_args=())
 def _snap(weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str) -> Tensor:
-    groups = codebook.shape[0]
-    ordered = codebook.to(compute_dtype(codebook)).sort(dim=1).values
-    snapped = snap(grouped(weight, groups, axis), ordered, boundaries_of(ordered, cost))
-    values = ungrouped(snapped, weight, groups, axis)
+    values, _, _ = _forward(weight, codebook, cost, axis)
     # The strides that the fake below promises; a copy only where channels are not the first axis.
     return values if values.stride() == weight.stride() else torch.empty_like(weight).copy_(values)
 
@@ -52,12 +97,9 @@ def _(weight, codebook, cost, axis, how):
 def _snap_codebook_gradient(
     gradient: Tensor, weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str
 ) -> Tensor:
-    groups = codebook.shape[0]
     ordered, order = codebook.to(compute_dtype(codebook)).sort(dim=1)
-    view, values = (grouped_like(t, weight, groups, axis) for t in (weight, gradient))
-    counts, sums = cluster_sums(values, view, boundaries_of(ordered, cost))
-    reduced = reduce_codebook_gradient(sums, counts, how)  # pyright: ignore[reportArgumentType]
-    return torch.empty_like(codebook).scatter_(1, order, reduced.to(codebook.dtype))
+    boundaries = boundaries_of(ordered, cost)
+    return _codebook_gradient(gradient, weight, order, boundaries, axis, how).to(codebook.dtype)
 
 
 @_snap_codebook_gradient.register_fake
@@ -72,7 +114,6 @@ def _keep(ctx, inputs, output):
 
 def _straight_through(ctx, gradient):
     weight, codebook, cost = ctx.saved_tensors
-    # Indices are searched again rather than kept: 4 ns a weight against a byte a weight.
     to_codebook = torch.ops.fewbits.snap_codebook_gradient(
         gradient, weight, codebook, cost, ctx.axis, ctx.how
     )
@@ -96,8 +137,20 @@ def snap_through(weight: Tensor, codebook: Tensor, switch: Switch) -> Tensor:
     References:
         docs/method.md, eq. 11: the gradient of a representative is the sum of its members'.
     """
+    if _ordinary(weight):
+        return _Snap.apply(weight, codebook, switch)
     rows = codebook if codebook.dim() == 2 else codebook[None]
     return torch.ops.fewbits.snap(weight, rows, switch.cost, switch.axis, switch.codebook_gradient)
+
+
+def _ordinary(weight: Tensor) -> bool:
+    """Whether nothing traces, transforms or watches what is computed with a weight."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()  # pyright: ignore
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore
+    )
 
 
 def install(module: nn.Module, attribute: str, switch: Switch) -> None:

@@ -8,6 +8,7 @@ more Python and torch calls than one of a single layer.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,10 @@ class Stack:
     """Layers that share device, types and K, the small ones first.
 
     Attributes:
-        on: whether their pull is.
+        members: which layers, in the order they were given.
         layers: L of them.
+        parameters: their weights.
+        codebooks: their codebooks.
         small: how many have their gradient computed together.
         weights: their (G, n) views.
         spans: each layer's rows among the R of all.
@@ -53,11 +56,12 @@ class Stack:
         usage: (R, K) running share of each representative; the layers' own are views of it.
     """
 
-    def __init__(self, layers: Sequence[Attached], on: bool):
-        self.on = on
+    def __init__(self, layers: Sequence[Attached]):
+        self.members = tuple(map(id, layers))
         self.layers = sorted(layers, key=lambda layer: not _is_small(layer))
         self.small = sum(map(_is_small, layers))
         self.parameters: list[nn.Parameter] = [layer.weight for layer in self.layers]
+        self.codebooks: list[nn.Parameter] = [layer.codebook for layer in self.layers]
         self._views = Weights(layer.view() for layer in self.layers)
         pairs = zip(self.parameters, self._views, strict=True)
         self._copies = not all(shares_memory(weight, view) for weight, view in pairs)
@@ -81,13 +85,9 @@ class Stack:
         """Return the weights as (G, n) each; views, or copies where strides allow none."""
         return Weights(layer.view() for layer in self.layers) if self._copies else self._views
 
-    def codebooks(self) -> list[nn.Parameter]:
-        """Return the layers' codebook parameters."""
-        return [layer.codebook for layer in self.layers]
-
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return all codebooks as (R, K) ascending, and the order that sorts them."""
-        now = _flatten_dense_tensors([c.detach() for c in self.codebooks()])
+        now = _flatten_dense_tensors(self.codebooks).detach()
         if self._sorted is None or not torch.equal(self._sorted[0], now):
             # Kept with what it was sorted from: a codebook may be written to through `.data`.
             wide = now.view(len(self.row_layer), -1).to(compute_dtype(now))
@@ -100,11 +100,7 @@ class Stack:
 
     def split(self, values: Tensor) -> tuple[Tensor, ...]:
         """Return (R, K) values as views shaped like each layer's codebook parameter."""
-        return _unflatten_dense_tensors(values.view(-1), self.codebooks())  # pyright: ignore
-
-    def split_small(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """Return a flat tensor as views shaped like the small weights, one after the other."""
-        return _unflatten_dense_tensors(flat, self.parameters[: self.small])  # pyright: ignore
+        return _unflatten_dense_tensors(values.view(-1), self.codebooks)  # pyright: ignore
 
     def strengths(self, values: list[float]) -> Tensor:
         """Return numbers, one a layer, as (L,) float64 on the weights' device."""
@@ -168,7 +164,7 @@ class Stack:
         codebook, order = self.rows()
         moved = codebook.double() + share * left / counts.clamp(min=1)
         moved = self.in_own_order(moved.to(codebook.dtype), order)
-        own = [codebook.detach() for codebook in self.codebooks()]
+        own = [codebook.detach() for codebook in self.codebooks]
         torch._foreach_copy_(own, self.split(moved))  # pyright: ignore[reportPrivateImportUsage]
 
 
@@ -186,22 +182,48 @@ class Stacks:
 
     def __init__(self, layers: Sequence[Attached]):
         self.layers = list(layers)
-        self._key: tuple[list[bool], list[int]] | None = None
-        self._stacks: list[Stack] = []
+        schedules = {id(layer.strength): layer.strength for layer in layers}
+        places = {key: i for i, key in enumerate(schedules)}
+        # One schedule may serve many layers.
+        self._schedules = list(schedules.values())
+        self._which = [places[id(layer.strength)] for layer in layers]
+        self._key: Any = None
+        self._stacks: list[tuple[Stack, list[float]]] = []
 
-    def current(self, on: list[bool]) -> list[Stack]:
-        """Return the stacks, of layers whose pull is on and of layers whose pull is off.
+    def current(self, step: int, *, moving: bool = False) -> list[tuple[Stack, list[float]]]:
+        """Return stacks of layers whose pull is on, and of layers whose pull is off.
 
         Args:
-            on: whether each layer's pull is on.
+            step: for which strengths are wanted.
+            moving: whether the pull of frozen weights counts as off.
+
+        Returns:
+            each with the strengths of its layers; none where their pull is off.
         """
-        key = (on, [layer.weight.data_ptr() for layer in self.layers])
+        values = [schedule(step) for schedule in self._schedules]
+        weights = [layer.weight for layer in self.layers]
+        codebooks = [id(layer.codebook) for layer in self.layers]
+        pointers = [weight.data_ptr() for weight in weights]
+        frozen = [moving and not weight.requires_grad for weight in weights]
+        key = (values, codebooks, pointers, frozen)
         if key != self._key:
+            strengths = {
+                id(layer): values[i] for layer, i in zip(self.layers, self._which, strict=True)
+            }
             alike: dict[tuple, list[Attached]] = {}
-            for layer, pulled in zip(self.layers, on, strict=True):
+            for layer, still in zip(self.layers, frozen, strict=True):
                 weight, codebook = layer.weight, layer.codebook
-                kind = (pulled, weight.device, weight.dtype, codebook.dtype, layer.planned.k)
+                on = strengths[id(layer)] > 0 and not still
+                kind = (on, weight.device, weight.dtype, codebook.dtype, layer.planned.k)
                 alike.setdefault(kind, []).append(layer)
-            self._stacks = [Stack(some, on=kind[0]) for kind, some in alike.items()]
+            known = {} if self._key is None or self._key[1:] != key[1:] else self._by_layers()
+            self._stacks = []
+            for kind, some in alike.items():
+                stack = known.get(tuple(map(id, some))) or Stack(some)
+                own = [strengths[id(layer)] for layer in stack.layers] if kind[0] else []
+                self._stacks.append((stack, own))
             self._key = key
         return self._stacks
+
+    def _by_layers(self) -> dict[tuple[int, ...], Stack]:
+        return {stack.members: stack for stack, _ in self._stacks}

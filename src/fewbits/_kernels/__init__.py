@@ -24,7 +24,6 @@ from ._eager import compute_dtype as compute_dtype
 from ._eager import count as count
 from ._eager import gather as gather
 from ._eager import index_dtype as index_dtype
-from ._eager import midpoints as midpoints
 
 try:
     if os.environ.get("FEWBITS_NO_NATIVE"):
@@ -70,6 +69,7 @@ def _by_device(function: Callable[P, R]) -> Callable[P, R]:
 assign = _by_device(_eager.assign)
 cluster_sums = _by_device(_eager.cluster_sums)
 measure_all = _by_device(_eager.measure_all)
+midpoints = _by_device(_eager.midpoints)
 move_all = _by_device(_eager.move_all)
 pull_all = _by_device(_eager.pull_all)
 snap = _by_device(_eager.snap)

@@ -163,6 +163,17 @@ def _fit(k: int, tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def midpoints(codebook: Tensor) -> Tensor:
+    """See `_eager.midpoints`."""
+    if codebook.dtype != torch.float32 or codebook.device.type != "cpu" or not codebook.numel():
+        return _eager.midpoints(codebook)
+    codebook = codebook.contiguous()
+    groups, k = codebook.shape
+    middle = torch.empty(groups, k - 1)
+    _native.midpoints(codebook.data_ptr(), middle.data_ptr(), groups, k)
+    return middle
+
+
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.assign`."""
     k = boundaries.shape[1] + 1

@@ -82,7 +82,7 @@ typedef struct {
     int64_t k;
     const float *codebook;
     float *boundaries; /* with an infinity after the last */
-    uint16_t *below;   /* boundaries in lower cells than each; used where `cells` > 0 */
+    int32_t *below;    /* boundaries in lower cells than each; used where `cells` > 0 */
     int cells, most;   /* of the even grid; boundaries in its fullest cell */
     float low, per_unit;
     float tree[40]; /* see locate_tree */
@@ -275,7 +275,7 @@ static int run_parts(int operation, const Call *call, int64_t first, int64_t las
     Sums sums = {.single = malloc(8 * call->k * sizeof(Pair))};
     Pairs pairs;
     s.boundaries = malloc(call->k * sizeof(float));
-    s.below = malloc(most_cells(call->k) * sizeof(uint16_t));
+    s.below = malloc(most_cells(call->k) * sizeof(int32_t));
     int ok = s.boundaries && s.below && sums.single;
     int64_t low = 0, high = call->count; /* the weight that has part `first`: the last to begin */
     while (high - low > 1) {
@@ -373,6 +373,17 @@ static PyObject *combine(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* Write the midpoints of (groups, k) codebooks, at the second address. */
+static PyObject *midpoints(PyObject *self, PyObject *args) {
+    unsigned long long from, to;
+    long long groups, k;
+    if (!PyArg_ParseTuple(args, "KKLL", &from, &to, &groups, &k)) return NULL;
+    const float *codebook = (const float *)(uintptr_t)from;
+    for (float *middle = (float *)(uintptr_t)to; groups-- > 0; codebook += k)
+        for (int64_t j = 0; j < k - 1; j++) *middle++ = midpoint(codebook[j], codebook[j + 1]);
+    Py_RETURN_NONE;
+}
+
 /* Switch the variant for AVX2 on or off; returns whether it is now used. */
 static PyObject *use_simd(PyObject *self, PyObject *args) {
     int wanted;
@@ -384,6 +395,7 @@ static PyObject *use_simd(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"run", run_call, METH_VARARGS, NULL},
     {"combine", combine, METH_VARARGS, NULL},
+    {"midpoints", midpoints, METH_VARARGS, NULL},
     {"use_simd", use_simd, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

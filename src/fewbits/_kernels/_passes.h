@@ -155,6 +155,36 @@ TARGET static void NAME(cells)(const Search *s, const float *w, int n, int32_t *
     }
 }
 
+#if SIMD
+/* As below by the grid, eight weights at a time: what is looked up is gathered. */
+TARGET static int NAME(locate_grid)(const Search *s, const float *w, int n, uint16_t *index,
+                                    float *near) {
+    const __m256 low = _mm256_set1_ps(s->low), per_unit = _mm256_set1_ps(s->per_unit);
+    const __m256 top = _mm256_set1_ps((float)(s->cells - 2)), under = _mm256_set1_ps(-1.0f);
+    const __m256 one = _mm256_set1_ps(1.0f);
+    const int most = s->most;
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(w + i);
+        __m256 at = _mm256_mul_ps(_mm256_sub_ps(x, low), per_unit);
+        at = _mm256_max_ps(_mm256_min_ps(at, top), under); /* NaN becomes `top` */
+        __m256i below = _mm256_i32gather_epi32(s->below, /* of the cell */
+                                               _mm256_cvttps_epi32(_mm256_add_ps(at, one)), 4);
+        for (int c = 0; c < most; c++) {
+            __m256 bound = _mm256_i32gather_ps(s->boundaries, below, 4);
+            __m256 more = _mm256_cmp_ps(x, bound, _CMP_GT_OQ);
+            below = _mm256_sub_epi32(below, _mm256_castps_si256(more));
+        }
+        _mm256_storeu_ps(near + i, _mm256_i32gather_ps(s->codebook, below, 4));
+        if (index)
+            _mm_storeu_si128((__m128i *)(index + i),
+                             _mm_packus_epi32(_mm256_castsi256_si128(below),
+                                              _mm256_extracti128_si256(below, 1)));
+    }
+    return i;
+}
+#endif
+
 /* Count the boundaries below each of `n` <= BLOCK weights, and look up their representative.
  * `index` is wanted or NULL. */
 TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t *index,
@@ -163,6 +193,7 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
     uint16_t own[BLOCK];
 #if SIMD
     if (s->k <= TREE) start = NAME(locate_tree)(s, w, n, index, near);
+    else if (s->cells) start = NAME(locate_grid)(s, w, n, index, near);
 #endif
     if (start == n) return;
     if (!index) index = own;
@@ -174,13 +205,13 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
         }
     } else if (s->cells) {
         int32_t cell[BLOCK];
-        NAME(cells)(s, w, n, cell);
+        NAME(cells)(s, w + start, n - start, cell);
         /* Held apart from `s`, which the stores below might change for all a compiler knows. */
-        const uint16_t *restrict table = s->below;
+        const int32_t *restrict table = s->below;
         const float *restrict bounds = s->boundaries;
         const int most = s->most;
-        for (int i = 0; i < n; i++) {
-            uint32_t below = table[cell[i]];
+        for (int i = start; i < n; i++) {
+            int32_t below = table[cell[i - start]];
             below += w[i] > bounds[below];
             for (int c = 1; c < most; c++) below += w[i] > bounds[below];
             index[i] = (uint16_t)below;

@@ -26,10 +26,14 @@ static int64_t most_cells(int64_t k) { return 64 * k < MOST_CELLS ? 64 * k : MOS
 static void lay_grid(Search *s, int64_t members) {
     int64_t count = s->k - 1;
     int32_t cell[BLOCK];
+    s->cells = 0;
     for (int64_t cells = 4 * s->k; cells <= most_cells(s->k) && 4 * cells <= members; cells *= 4) {
         s->low = s->boundaries[0];
         s->per_unit = (float)(cells - 2) / (s->boundaries[count - 1] - s->low);
-        if (!isfinite(s->per_unit)) break;
+        if (!isfinite(s->per_unit)) {
+            s->cells = 0;
+            return;
+        }
         s->cells = (int)cells;
         s->most = 0;
         int64_t next = 0;
@@ -38,13 +42,14 @@ static void lay_grid(Search *s, int64_t members) {
             cells_portable(s, s->boundaries + j, n, cell);
             for (int i = 0; i < n; i++) {
                 run = next > cell[i] ? run + 1 : 1;
-                for (; next <= cell[i]; next++) s->below[next] = (uint16_t)(j + i);
+                for (; next <= cell[i]; next++) s->below[next] = (int32_t)(j + i);
                 if (run > s->most) s->most = run;
             }
         }
-        for (; next < cells; next++) s->below[next] = (uint16_t)count;
-        if (s->most == 1 || (s->most <= 4 && 4 * cells > most_cells(s->k))) return;
+        for (; next < cells; next++) s->below[next] = (int32_t)count;
+        if (s->most == 1) return;
     }
+    if (s->cells && s->most <= 4) return; /* the finest that pays */
     s->cells = 0;
 }
 

@@ -23,6 +23,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]  # an extr
 from torch import Tensor
 
 from . import _eager, _triton_passes
+from ._triton_cuts import TILE, Launch, cut, power_of_two
 
 passes: Any = _triton_passes  # Triton makes of a function something that is launched by index
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -38,65 +39,12 @@ _WEIGHTS = frozenset([torch.float32, torch.bfloat16, torch.float16])
 MOST_VALUES = 1 << 16  # an index takes 16 bits
 # Sums by masks take time in proportion to K: beyond this, plain torch adds.
 MOST_SUMMED = 1 << 12
-
-TILE = passes.TILE.value
-# 128 registers leave room for 16 warps on a multiprocessor of 64 K registers; ptxas would take up
-# to 254. Products are rounded before they are added, as in `_eager`.
-OPTIONS = {"num_warps": 1, "maxnreg": 128, "enable_fp_fusion": False}
-# Programs of one weight at most: a few for each place on the largest devices, so that partial sums
-# stay few where weights are many. And tiles in a part at least, so that they stay small beside it.
-MOST_PROGRAMS, LEAST_TILES = 1 << 12, 4
-# Sums that a program holds at most: 8 to a lane.
-MOST_HELD = 256
 # Lists of addresses to write to that a table keeps: gradients move to and fro between a few.
 MOST_KEPT = 16
 
-
-def _power_of_two(number: int) -> int:
-    """Return the least power of two that is not below a number."""
-    return 1 << max(0, number - 1).bit_length()
-
-
-def _cut(groups: int, members: int, k: int) -> tuple[int, int, int, int]:
-    """Return a tile's rows and columns, the tiles in a part and the parts of a row."""
-    columns, rows, held = TILE, 1, min(_power_of_two(k), passes.SUMMED.value)
-    if groups > 1 and members <= TILE // 2:  # several short rows in a tile
-        columns = max(32, _power_of_two(members))
-        rows = min(TILE // columns, max(1, MOST_HELD // held))
-    along = -(-members // columns)
-    tiles = max(LEAST_TILES, held // 8, -(-groups * along // MOST_PROGRAMS))
-    return rows, columns, tiles, -(-along // tiles)
-
-
-class _Launch:
-    """The weights that one launch can take: those with tiles of one shape.
-
-    Attributes:
-        rows, columns: of a tile.
-        aligned: whether all weights and their rows begin on 16 bytes.
-        fields: the rows of the table, as `_triton_passes` has them.
-        programs: how many parts there are.
-        table: the rows on the device.
-    """
-
-    def __init__(self, rows: int, columns: int, aligned: bool):
-        self.rows, self.columns, self.aligned = rows, columns, aligned
-        self.fields: list[tuple[int, ...]] = []
-        self.programs = 0
-        self.table = torch.empty(0)
-
-    def add(self, programs: int, *fields: int) -> None:
-        """In place: append a row whose weight takes that many programs."""
-        self.fields.append((self.programs, *fields))
-        self.programs += programs
-
-    def send(self, device: torch.device) -> None:
-        """In place: copy the table to the device."""
-        self.table = torch.tensor(self.fields, dtype=torch.int64).to(device)
-
-    def place(self) -> tuple[Tensor, int, int]:
-        """Return the table, its rows, and how many comparisons find a program's own."""
-        return self.table, len(self.fields), (len(self.fields) - 1).bit_length()
+# 128 registers leave room for 16 warps on a multiprocessor of 64 K registers; ptxas would take up
+# to 254. Products are rounded before they are added, as in `_eager`.
+OPTIONS = {"num_warps": 1, "maxnreg": 128, "enable_fp_fusion": False}
 
 
 class _Table:
@@ -110,8 +58,8 @@ class _Table:
         self.weights, self.k, self.device = weights, k, weights[0].device
         self.rows = sum(len(weight) for weight in weights)
         self.partial = 0  # places for partial sums
-        self.launches: dict[tuple[int, int, bool], _Launch] = {}
-        self.clusters, self.totals = _Launch(1, TILE, False), _Launch(1, TILE, False)
+        self.launches: dict[tuple[int, int, bool], Launch] = {}
+        self.clusters, self.totals = Launch(1, TILE, False), Launch(1, TILE, False)
         self.kept: dict[tuple[int, ...], Tensor] = {}
         row = 0
         for number, weight in enumerate(weights):
@@ -123,7 +71,7 @@ class _Table:
 
     def _add(self, number: int, weight: Tensor, row: int) -> None:
         groups, members = weight.shape
-        rows, columns, tiles, parts = _cut(groups, members, self.k)
+        rows, columns, tiles, parts = cut(groups, members, self.k)
         programs = -(-groups // rows) * parts
         counts = 2 * len(self.weights) + row * self.k
         sums = counts + self.rows * self.k
@@ -136,7 +84,7 @@ class _Table:
             counts, sums = self.partial - 2 * size * parts, self.partial - size * parts
         self.totals.add(1, self.partial, programs, number, weight.numel())
         aligned = weight.data_ptr() % 16 == 0 and members % 16 == 0
-        launch = self.launches.setdefault((rows, columns, aligned), _Launch(rows, columns, aligned))
+        launch = self.launches.setdefault((rows, columns, aligned), Launch(rows, columns, aligned))
         launch.add(
             programs,
             weight.data_ptr(),
@@ -181,10 +129,7 @@ class _Table:
         codebook = codebook.contiguous()
         if boundaries is not None:
             return codebook, _eager.narrow(boundaries), self.k - 1
-        boundaries = torch.empty_like(codebook)
-        size = codebook.numel()
-        passes.midpoints[(size // TILE + 1,)](codebook, boundaries, size, **OPTIONS)
-        return codebook, boundaries, self.k
+        return codebook, _between(codebook), self.k
 
     def sum(
         self,
@@ -235,7 +180,7 @@ class _Table:
         variant: tuple[Any, int],
     ) -> None:
         """In place: run a kernel on all weights and as many others, with arguments of its own."""
-        padded = _power_of_two(self.k)
+        padded = power_of_two(self.k)
         types = (self.weights[0].dtype, (others or self.weights)[0].dtype)
         summed = kernel is passes.sums and variant[0] != passes.MOMENTS
         chunks = -(-padded // passes.SUMMED.value) if summed else 1
@@ -283,6 +228,13 @@ def _works(device: torch.device) -> bool:
     return True
 
 
+def _between(codebook: Tensor) -> Tensor:
+    """Return what lies half-way from each number of a contiguous (G, K) codebook to the next."""
+    boundaries, size = torch.empty_like(codebook), codebook.numel()
+    passes.midpoints[(size // TILE + 1,)](codebook, boundaries, size, **OPTIONS)
+    return boundaries
+
+
 def _on(device: torch.device):
     """Return a context in which launches go to that device."""
     return nullcontext() if _INTERPRETED else torch.cuda.device(device)
@@ -309,6 +261,14 @@ def _fit(k: int, tensors: Sequence[Tensor]) -> bool:
 def _table(weights: Sequence[Tensor], codebook: Tensor, most: int) -> _Table | None:
     k = codebook.shape[1]
     return _Table.of(weights, k) if codebook.dtype == torch.float32 and k <= most else None
+
+
+def midpoints(codebook: Tensor) -> Tensor:
+    """See `_eager.midpoints`."""
+    if codebook.dtype != torch.float32 or not codebook.numel() or not _fit(1, [codebook]):
+        return _eager.midpoints(codebook)
+    with _on(codebook.device):
+        return _between(codebook)[:, :-1].contiguous()
 
 
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
