@@ -2,11 +2,17 @@
 
 `_eager`, in plain torch, is the definition, and what runs on every device and for every type.
 `_cpu` is the same compiled, for weights in the CPU's memory, where the package was built with a C
-compiler. `FEWBITS_NO_NATIVE=1` chooses `_eager` throughout.
+compiler; `_triton` the same for CUDA, where Triton is installed, loaded with the first weight
+there. `FEWBITS_NO_NATIVE=1` chooses `_eager` throughout.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+from torch import Tensor
 
 from . import _eager
 from ._eager import PIECE as PIECE
@@ -29,14 +35,45 @@ except ImportError:
 COMPILED = _cpu is not None
 _made = _cpu or _eager
 
-assign = _made.assign
-cluster_sums = _made.cluster_sums
-measure_all = _made.measure_all
-midpoints = _made.midpoints
-move_all = _made.move_all
-pull_all = _made.pull_all
-snap = _made.snap
-std = _made.std
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.cache
+def for_cuda() -> ModuleType:
+    """Return the implementation for CUDA: importing Triton takes a second, so not before."""
+    if os.environ.get("FEWBITS_NO_NATIVE"):
+        return _eager
+    try:
+        from . import _triton
+    except ImportError:
+        return _eager
+    return _triton
+
+
+def _by_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that calls its twin for the device of its first tensor."""
+    name = function.__name__
+    on_cpu = getattr(_made, name)
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        first = arguments[0]
+        tensor = first if isinstance(first, Tensor) else next(iter(first), None)  # pyright: ignore
+        on_cuda = tensor is not None and tensor.is_cuda
+        return (getattr(for_cuda(), name) if on_cuda else on_cpu)(*arguments, **named)
+
+    return call
+
+
+assign = _by_device(_eager.assign)
+cluster_sums = _by_device(_eager.cluster_sums)
+measure_all = _by_device(_eager.measure_all)
+midpoints = _by_device(_eager.midpoints)
+move_all = _by_device(_eager.move_all)
+pull_all = _by_device(_eager.pull_all)
+snap = _by_device(_eager.snap)
+std = _by_device(_eager.std)
 
 
 def kernels() -> dict[str, ModuleType]:

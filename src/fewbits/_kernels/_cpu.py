@@ -111,7 +111,7 @@ class _Table:
         amounts: Tensor | None = None,
     ) -> Tensor:
         """Run an operation on all weights; return totals, counts and sums where it makes them."""
-        boundaries = None if boundaries is None else _narrow(boundaries)
+        boundaries = None if boundaries is None else _eager.narrow(boundaries)
         # Where no representative is needed, any numbers will do.
         codebook = torch.zeros(self.rows, self.k) if codebook is None else codebook.contiguous()
         addresses = None if outs is None else array("q", [out.data_ptr() for out in outs])
@@ -161,15 +161,6 @@ def _fit(k: int, tensors: Sequence[Tensor]) -> bool:
             for t in tensors
         )
     )
-
-
-def _narrow(boundaries: Tensor) -> Tensor:
-    """Return float32 boundaries that decide as the given ones do for weights of float32 or less."""
-    if boundaries.dtype == torch.float32:
-        return boundaries.contiguous()
-    near = boundaries.float()
-    below = torch.nextafter(near, near.new_full((), -torch.inf))
-    return torch.where(near.double() > boundaries, below, near).contiguous()
 
 
 def midpoints(codebook: Tensor) -> Tensor:

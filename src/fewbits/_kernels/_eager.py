@@ -79,6 +79,22 @@ def midpoints(codebook: Tensor) -> Tensor:
     return torch.where(middle.double() > exact, below, middle)
 
 
+def narrow(boundaries: Tensor) -> Tensor:
+    """Return float32 boundaries that decide as the given ones do for weights of float32 or less.
+
+    Args:
+        boundaries: (G, K - 1) float32 or float64, each row ascending.
+
+    Returns:
+        (G, K - 1) contiguous; the same tensor where it is so already.
+    """
+    if boundaries.dtype == torch.float32:
+        return boundaries.contiguous()
+    near = boundaries.float()
+    below = torch.nextafter(near, near.new_full((), -torch.inf))
+    return torch.where(near.double() > boundaries, below, near).contiguous()
+
+
 def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
     """Find, for each weight, how many boundaries lie below it: the index of its representative.
 
