@@ -34,6 +34,7 @@ LAYERS = [
     {"lab"},
     {"_bars"},
     {"_cli_files"},
+    {"_cli_export"},
     {"_cli"},
     {"__main__"},
 ]
