@@ -36,6 +36,7 @@ LAYERS = [
     {"lab"},
     {"_bars"},
     {"_cli_files", "_cli_study"},
+    {"_cli_export"},
     {"_cli"},
     {"__main__"},
 ]

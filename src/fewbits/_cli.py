@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from . import _cli_files, _cli_study
+from . import _cli_export, _cli_files, _cli_study
 from ._errors import FewbitsError, PlanError
 
 EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 70, 130
@@ -24,7 +24,7 @@ def cli() -> None:
     """Train PyTorch networks whose weights cluster on a few learned values."""
 
 
-for _command in (*_cli_files.COMMANDS, _cli_study.study):
+for _command in (*_cli_files.COMMANDS, *_cli_export.COMMANDS, _cli_study.study):
     cli.add_command(_command)
 
 

@@ -10,6 +10,8 @@ import fewbits
 from fewbits import export
 
 coremltools = pytest.importorskip("coremltools", reason="pip install 'fewbits[coreml]'")
+# coremltools leaves folders of its own to the garbage collector, which warns about each.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def test_tables_are_there_padded_and_equal_and_the_package_is_small(tmp_path):
@@ -92,10 +94,9 @@ def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, name, how,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_weight_that_lost_its_table_is_refused(tmp_path):
-    torch.manual_seed(0)
-    model = models.snap_all(models.Signals(), 4)  # coremltools rearranges an LSTM's weights
-    with pytest.raises(fewbits.FewbitsError, match=r"lstm\.weight_ih_l0: coremltools did not keep"):
+def test_an_operator_that_coremltools_lacks_is_named(tmp_path):
+    model = models.snap_all(models.Signals(), 4)
+    with pytest.raises(fewbits.FewbitsError, match="cannot convert the model: .* lstm"):
         export.coreml(model, tmp_path / "m.mlpackage", example_inputs=torch.randn(1, 3, 10))
     assert not list(tmp_path.iterdir())
 

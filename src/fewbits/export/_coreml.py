@@ -152,7 +152,7 @@ def _convert(prepared: Ready, path: Path, batch: int, precision: Precision) -> N
         ]
         with _palettes(prepared):
             try:
-                traced = torch.jit.trace(prepared.model, inputs)
+                traced = torch.export.export(prepared.model, inputs).run_decompositions({})
                 converted: Any = ct.convert(
                     traced, inputs=types, minimum_deployment_target=ct.target.iOS18,
                     compute_precision=getattr(ct.precision, precision.upper()),
