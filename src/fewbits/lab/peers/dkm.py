@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..._errors import PlanError
 from ..._plan import Plan
@@ -39,12 +39,27 @@ def check(plan: Plan) -> None:
     imported(_PACKAGE)
 
 
+def temperature(weight: Tensor, k: int) -> float:
+    """Return the temperature of a weight's attention: (std / K)^2, about the spacing squared.
+
+    The package's default, 1e-4, is in squared weights, and so another softness in every layer and
+    at every K. On layers of a standard deviation of 0.03 to 0.26 it is all but hard at K = 2, where
+    it loses 3 points to this rule (digits, 3 seeds), and 1e-2 drives a layer to a single value.
+
+    Args:
+        weight: before the training.
+        k: number of values.
+    """
+    variance = float(weight.detach().var(correction=0))
+    return max(variance / k**2, 1e-12)  # a layer of equal weights still needs one
+
+
 class Dkm(Peer):
     """In place: replace the planned layers by the package's, which cluster as they compute.
 
-    The package's defaults throughout: from the first step on, three rounds of k-means a step,
-    temperature 1e-4, a table of plain numbers (cluster_dim 1) for each weight; but for
-    `weight_threshold`, so that small layers are clustered too.
+    The package's defaults: from the first step on, three rounds of k-means a step, a table of plain
+    numbers (cluster_dim 1) for each weight; but for `weight_threshold`, so that small layers are
+    clustered too, and for the temperature.
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
@@ -56,7 +71,10 @@ class Dkm(Peer):
         with quiet():
             configs = {
                 re.escape(name): package.ModuleDKMPalettizerConfig(
-                    n_bits=bits, cluster_dim=1, weight_threshold=0
+                    n_bits=bits,
+                    cluster_dim=1,
+                    weight_threshold=0,
+                    palett_tau=temperature(self._plain[name].get_parameter("weight"), 2**bits),
                 )
                 for name, bits in names.items()
             }
