@@ -59,7 +59,7 @@ def _tokens(**more: Any) -> Loss:
 class _Recurrent(nn.Module):
     """Embedding, recurrent layer, linear layer."""
 
-    def __init__(self, kind: type[nn.RNNBase]):
+    def __init__(self, kind: Callable[..., nn.Module]):
         super().__init__()
         self.embedding, self.recurrent = nn.Embedding(60, 16), kind(16, 32, batch_first=True)
         self.head = nn.Linear(32, 60)
@@ -154,13 +154,19 @@ def _timm() -> dict[str, Entry]:
 
 
 def _transformers() -> dict[str, Entry]:
-    import transformers as t
+    import transformers
 
+    t: Any = transformers  # whose configurations take more than they are declared to
     small: dict[str, Any] = {
         "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 32, "max_position_embeddings": 32,
     }  # fmt: skip
-    few = {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    few: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     found = {
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**small)),
         "roberta": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**small)),

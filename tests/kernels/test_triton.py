@@ -62,9 +62,9 @@ def test_the_kernels_compute_the_right_numbers_in_the_interpreter():
 def compiled(tmp_path, monkeypatch):
     """Compile a kernel for an H100 with the launch's own options; return its PTX."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
     from fewbits._kernels import _triton
 
@@ -89,7 +89,7 @@ def compiled(tmp_path, monkeypatch):
     ids=lambda value: "-".join(map(str, value[:5])) if isinstance(value, tuple) else str(value),
 )
 def test_every_variant_compiles_for_a_gpu_without_atomics(compiled, case, aligned):
-    import triton.language as tl
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
 
     from fewbits._kernels import _triton_passes as passes
 

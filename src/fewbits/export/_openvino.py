@@ -56,7 +56,7 @@ def openvino(
     check_weights(weights)
     with needs("openvino"):
         import onnxscript  # noqa: F401
-        import openvino as ov
+        import openvino as ov  # pyright: ignore[reportMissingImports]
     path = Path(path)
     check_path(path)
     if path.suffix != ".xml":
@@ -95,14 +95,14 @@ def openvino(
 
 def run(path: Path, inputs: Sequence[Tensor]) -> list[Any]:
     """Run a model on the CPU plugin in float32; return the outputs as arrays."""
-    import openvino as ov
+    import openvino as ov  # pyright: ignore[reportMissingImports]
 
     compiled = ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return list(compiled([tensor.numpy() for tensor in inputs]).values())
 
 
 def _convert(data: bytes, path: Path) -> None:
-    import openvino as ov
+    import openvino as ov  # pyright: ignore[reportMissingImports]
 
     try:
         converted = ov.Core().read_model(data, b"")
