@@ -28,6 +28,7 @@ def extension(name: str, *sources: str) -> Extension:
 setup(
     ext_modules=[
         extension("fewbits._kernels._native", "_kernels/_native.c"),
+        extension("fewbits._packed._native", "_packed/_native.c"),
         extension("fewbits._symbols._native", "_symbols/_native.c", "_symbols/_rans.c"),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

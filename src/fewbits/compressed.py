@@ -6,13 +6,23 @@ the weights are frozen. docs/compressed.md says when that pays.
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from ._errors import CodebookError
+from ._errors import CodebookError, PlanError, did_you_mean
 from ._indexed import bits_of, indexed
-from ._packed import PackedWeight, attach, detach, is_compressed, why_dense
+from ._packed import (
+    Activations,
+    PackedWeight,
+    attach,
+    detach,
+    is_compressed,
+    set_activations,
+    why_dense,
+    why_float,
+)
 from ._plan import CODEBOOK_SUFFIX, unwrapped
 
 _MOST_NAMED = 5
@@ -50,11 +60,13 @@ class Memory:
     Attributes:
         layers: the packed weights.
         dense: the weights that stayed dense, by name, and why.
+        floats: where other layers compute in eight bits, the packed weights that do not, and why.
         other_bytes: bytes of all other parameters and buffers, `dense` included.
     """
 
     layers: tuple[PackedLayer, ...]
     dense: dict[str, str]
+    floats: dict[str, str]
     other_bytes: int
 
     @property
@@ -77,13 +89,14 @@ class Memory:
             )
             lines += [f"{alias:32} tied to {row.name}" for alias in row.aliases]
         lines += [f"{name:32} dense: {why}" for name, why in self.dense.items()]
+        lines += [f"{name:32} computes in floats: {why}" for name, why in self.floats.items()]
         lines.append(f"everything else: {self.other_bytes:,} bytes")
         lines.append(f"whole model: {self.bytes:,} bytes, dense {self.bytes_dense:,}")
         return "\n".join(lines)
 
 
 @torch.no_grad()
-def compress(model: nn.Module) -> Memory:
+def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
     """In place: keep the weights with few distinct values as packed indices and codebooks.
 
     `nn.Linear`, `nn.Embedding` and the convolutions of torch keep working as they do, with equal
@@ -93,6 +106,11 @@ def compress(model: nn.Module) -> Memory:
 
     Args:
         model: a hardened or quantized module; it does not matter who made the values few.
+        activations: "float" computes as the dense layers do. "int8" rounds the inputs of linear
+            layers to 255 levels, row by row, and their representatives likewise, codebook by
+            codebook, and adds up integers: faster on the CPU, with an error that docs/compressed.md
+            measures. It is for up to 16 values, in one codebook or several along the outputs;
+            other layers compute in floats, and the result says why.
 
     Returns:
         What the model takes in memory now.
@@ -100,6 +118,8 @@ def compress(model: nn.Module) -> Memory:
     Raises:
         CodebookError: if the model is not hardened, or no weight can be packed. The model is then
             unchanged.
+        PlanError: if there is no such `activations`; or "int8" fits no layer, and the model
+            computes in floats.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.ReLU())
@@ -108,6 +128,10 @@ def compress(model: nn.Module) -> Memory:
         >>> memory.layers[0].bytes, memory.layers[0].bytes_dense
         (8256, 65536)
     """
+    if activations not in get_args(Activations):
+        near = did_you_mean(str(activations), get_args(Activations))
+        known = ", ".join(get_args(Activations))
+        raise PlanError(f"activations is {activations!r}.{near} Use one of {known}.")
     model = unwrapped(model)
     _refuse_attached(model)
     packed = any(is_compressed(layer) for layer in model.modules())
@@ -125,6 +149,13 @@ def compress(model: nn.Module) -> Memory:
         packed = True
     if not packed:
         raise CodebookError(_nothing(model, refused))
+    layers = {name: layer for name, layer in model.named_modules() if is_compressed(layer)}
+    why = {name: why_float(layer) for name, layer in layers.items()}
+    if activations == "int8" and all(why.values()):
+        said = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in why.items())
+        raise PlanError(f"int8 fits no layer: {said}. Leave activations at 'float'.")
+    for layer in layers.values():
+        set_activations(layer, activations)
     return memory(model)
 
 
@@ -153,11 +184,15 @@ def memory(model: nn.Module) -> Memory:
     """
     model = unwrapped(model)
     owners: dict[PackedWeight, list[str]] = {}
+    reasons, eight = {}, False
     for name, layer in model.named_modules(remove_duplicate=False):
         if is_compressed(layer):
             weight = layer.get_submodule("packed_weight")
             assert isinstance(weight, PackedWeight)
-            owners.setdefault(weight, []).append(f"{name}.weight" if name else "weight")
+            full = f"{name}.weight" if name else "weight"
+            owners.setdefault(weight, []).append(full)
+            reasons[full] = why_float(layer)
+            eight = eight or getattr(layer, "activations", "float") == "int8"
     layers = tuple(_row(weight, names) for weight, names in owners.items())
     dense = {
         names[0]: _why_all(model, names) or "its values are not few enough to take less room"
@@ -165,7 +200,8 @@ def memory(model: nn.Module) -> Memory:
     }
     held = {id(t): t for t in (*model.parameters(), *model.buffers())}
     other = sum(t.nbytes for t in held.values()) - sum(row.bytes for row in layers)
-    return Memory(layers, dense, other)
+    floats = {name: why for name, why in reasons.items() if eight and why}
+    return Memory(layers, dense, floats, other)
 
 
 def _row(weight: PackedWeight, names: list[str]) -> PackedLayer:

@@ -11,6 +11,10 @@ from .._indexed import layout
 
 # Elements decoded at a time: their int32 temporaries and the values stay in the L2 cache.
 BLOCK = 1 << 16
+# What the kernels for int8 can take: indices that are looked up within a register, and columns
+# whose products sum up to less than 2^31.
+MOST_BYTE_BITS = 4
+MOST_BYTE_COLUMNS = (1 << 31) // 127**2 - 1
 
 
 def width_of(codebook: Tensor) -> int:
@@ -62,7 +66,12 @@ def places(
 
 
 def decode(
-    packed: Tensor, codebook: Tensor, shape: tuple[int, ...], axis: int, span: tuple[int, int]
+    packed: Tensor,
+    codebook: Tensor,
+    shape: tuple[int, ...],
+    axis: int,
+    span: tuple[int, int],
+    values: Tensor | None = None,
 ) -> Tensor:
     """Return the values of the elements from span[0] to before span[1].
 
@@ -72,11 +81,12 @@ def decode(
         shape: of the weight, N elements.
         axis: which axis the G codebooks run along.
         span: first element and the one after the last.
+        values: (span[1] - span[0],), where to write to; new memory if not given.
 
     Returns:
         (span[1] - span[0],) like `codebook`.
     """
-    values = codebook.new_empty(span[1] - span[0])
+    values = codebook.new_empty(span[1] - span[0]) if values is None else values
     flat = codebook.reshape(-1)
     for start in range(*span, BLOCK):
         stop = min(start + BLOCK, span[1])
@@ -106,14 +116,17 @@ def linear_by(
 ) -> Tensor:
     """`linear` with the function that decodes a span."""
     columns = inputs.shape[1]
-    result = inputs.new_empty(len(inputs), rows)
-    some = max(1, 4 * BLOCK // max(1, columns))
+    some = min(rows, max(1, 4 * BLOCK // max(1, columns)))
+    # One buffer for all blocks: new memory costs as much as what is written to it.
+    block, turned = codebook.new_empty(some * columns), inputs.t()
+    result = inputs.new_empty(rows, len(inputs))
     for start in range(0, rows, some):
         stop = min(start + some, rows)
         span = start * columns, stop * columns
-        weight = decoder(packed, codebook, (rows, columns), axis, span).view(-1, columns)
-        result[:, start:stop] = inputs @ weight.t()
-    return result
+        weight = block[: span[1] - span[0]]
+        decoder(packed, codebook, (rows, columns), axis, span, weight)
+        torch.mm(weight.view(-1, columns), turned, out=result[start:stop])
+    return result.t().contiguous()
 
 
 def take(
@@ -147,3 +160,38 @@ def take(
         of = rows.long()[:, None] if axis == 0 else elements
         places += of // (shape[axis] // groups) * k
     return codebook.reshape(-1)[places]
+
+
+def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows as int8 and the float that each row's integers are to be multiplied by.
+
+    The largest magnitude of a row becomes 127; a row that is not finite gives NaN.
+
+    Args:
+        values: (R, n) floating point.
+
+    Returns:
+        (R, n) int8 and (R, 1) float32.
+    """
+    values = values.float()
+    factor = values.abs().amax(dim=1, keepdim=True) / 127
+    safe = torch.where(factor > 0, factor, 1)
+    return (values / safe).nan_to_num(0).round().to(torch.int8), factor
+
+
+def linear_bytes(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    """Return the sums of products of int8 inputs and representatives.
+
+    Args:
+        inputs: (B, n) int8.
+        packed: as for `linear`.
+        codebook: (G, K) int8, G = 1 or along the first axis.
+        rows: of the weight.
+        axis: which axis the G codebooks run along.
+
+    Returns:
+        (B, rows) int32.
+    """
+    # Integers below 2^53 are exact in float64, where products of matrices are fast.
+    wide = linear(inputs.double(), packed, codebook.double(), rows, axis)
+    return wide.to(torch.int32)

@@ -5,7 +5,8 @@ moves into a `PackedWeight` below it. `layer.weight` decodes, so that whatever r
 dense weight; nothing keeps it.
 """
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,8 +17,12 @@ from .. import _symbols
 from .._indexed import Indexed
 from . import _eager, _operators
 
+Activations = Literal["float", "int8"]
 # What a layer calls the module that holds its weight.
 PACKED = "packed_weight"
+# Positions of a convolution's output up to which products with each patch are faster: with 512
+# channels of 3 x 3, for up to 4 bits and for more.
+_FEW, _VERY_FEW = 16, 4
 
 
 class PackedWeight(nn.Module):
@@ -59,7 +64,7 @@ class PackedWeight(nn.Module):
         """Return the dense weight."""
         return _operators.decode(self.indices, self.codebook, self.shape, self.axis)
 
-    def linear(self, inputs: Tensor) -> Tensor:
+    def linear(self, inputs: Tensor, activations: Activations = "float") -> Tensor:
         """Return inputs (…, n) times the transposed weight, (…, rows)."""
         codebook = self.codebook
         device = inputs.device.type
@@ -69,7 +74,8 @@ class PackedWeight(nn.Module):
         if codebook.requires_grad and torch.is_grad_enabled():
             weight = _operators.decode(self.indices, codebook, self.shape, self.axis)
             return nn.functional.linear(inputs, weight)
-        return _operators.linear(inputs, self.indices, codebook, self.shape[0], self.axis)
+        product = _operators.linear_int8 if activations == "int8" else _operators.linear
+        return product(inputs, self.indices, codebook, self.shape[0], self.axis)
 
     def take(self, rows: Tensor) -> Tensor:
         """Return rows (…) of the weight, (…, shape[1])."""
@@ -89,12 +95,60 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _linear(layer: Any, input: Tensor) -> Tensor:
-    output = layer.packed_weight.linear(input)
+    output = layer.packed_weight.linear(input, layer.activations)
     return output if layer.bias is None else output + layer.bias.to(output.dtype)
 
 
 def _embedding(layer: Any, input: Tensor) -> Tensor:
     return layer.packed_weight.take(input)
+
+
+def _convolution(layer: Any, input: Tensor) -> Tensor:
+    if _has_few_positions(layer, input):
+        return _by_positions(layer, input)
+    return layer._conv_forward(input, layer.weight, layer.bias)
+
+
+def _positions(layer: Any, input: Tensor) -> list[int]:
+    """Return height and width of a convolution's output."""
+    return [
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, pad, dilation, kernel, stride in zip(
+            input.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride,
+            strict=True,
+        )
+    ]  # fmt: skip
+
+
+def _has_few_positions(layer: Any, input: Tensor) -> bool:
+    """Whether a convolution is faster as a product with each patch, without decoding it all."""
+    return (
+        _operators.COMPILED
+        and input.dim() == 4
+        and input.device.type == "cpu"
+        and input.dtype == layer.packed_weight.codebook.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and math.prod(_positions(layer, input)) * len(input)
+        <= (_FEW if layer.packed_weight.bits <= 4 else _VERY_FEW)
+    )
+
+
+def _by_positions(layer: Any, input: Tensor) -> Tensor:
+    patches = nn.functional.unfold(
+        input, layer.kernel_size, layer.dilation, layer.padding, layer.stride
+    )
+    output = layer.packed_weight.linear(patches.transpose(1, 2))
+    if layer.bias is not None:
+        output = output + layer.bias
+    return output.transpose(1, 2).reshape(len(input), -1, *_positions(layer, input))
+
+
+def _linear_repr(layer: Any) -> str:
+    plain = nn.Linear.extra_repr(layer)
+    return plain if layer.activations == "float" else f"{plain}, activations=int8"
 
 
 def _compressed(base: type[nn.Module], name: str, **more: Any) -> type[nn.Module]:
@@ -107,14 +161,19 @@ def _compressed(base: type[nn.Module], name: str, **more: Any) -> type[nn.Module
     return type(name, (base,), members | more)
 
 
-CompressedLinear = _compressed(nn.Linear, "CompressedLinear", forward=_linear)
+_LINEAR: dict[str, Any] = {
+    "forward": _linear,
+    "extra_repr": _linear_repr,
+    "activations": "float",
+}
+CompressedLinear = _compressed(nn.Linear, "CompressedLinear", **_LINEAR)
 # What nn.MultiheadAttention has for its output.
 CompressedProjection = _compressed(
-    NonDynamicallyQuantizableLinear, "CompressedProjection", forward=_linear
+    NonDynamicallyQuantizableLinear, "CompressedProjection", **_LINEAR
 )
 CompressedEmbedding = _compressed(nn.Embedding, "CompressedEmbedding", forward=_embedding)
 CompressedConv1d = _compressed(nn.Conv1d, "CompressedConv1d")
-CompressedConv2d = _compressed(nn.Conv2d, "CompressedConv2d")
+CompressedConv2d = _compressed(nn.Conv2d, "CompressedConv2d", forward=_convolution)
 CompressedConv3d = _compressed(nn.Conv3d, "CompressedConv3d")
 CompressedConvTranspose1d = _compressed(nn.ConvTranspose1d, "CompressedConvTranspose1d")
 CompressedConvTranspose2d = _compressed(nn.ConvTranspose2d, "CompressedConvTranspose2d")
@@ -143,6 +202,29 @@ def why_dense(layer: nn.Module, attribute: str) -> str | None:
         return "it is not the layer's weight"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "max_norm changes the weight in the forward pass"
+    return None
+
+
+def set_activations(layer: Any, activations: Activations) -> None:
+    """In place: set how a compressed layer computes; in floats where int8 is not possible."""
+    if hasattr(layer, "activations"):
+        layer.activations = "float" if why_float(layer) else activations
+
+
+def why_float(layer: Any) -> str | None:
+    """Return why a compressed layer cannot compute in eight bits, or nothing."""
+    if not hasattr(layer, "activations"):
+        return f"{type(layer).__name__} has no int8 form"
+    weight: PackedWeight = layer.packed_weight
+    columns = weight.shape[1]
+    if weight.bits not in range(1, _eager.MOST_BYTE_BITS + 1):
+        return f"{weight.bits} bits; int8 is for 1 to {_eager.MOST_BYTE_BITS}"
+    if len(weight.codebook) > 1 and weight.axis:
+        return "its codebooks run along the inputs"
+    if columns * weight.bits % 8:
+        return f"rows of {columns:,} inputs at {weight.bits} bits do not end with a byte"
+    if columns > _eager.MOST_BYTE_COLUMNS:
+        return f"{columns:,} inputs; int8 is for at most {_eager.MOST_BYTE_COLUMNS:,}"
     return None
 
 

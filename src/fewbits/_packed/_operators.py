@@ -3,6 +3,7 @@
 The weight is frozen: gradients reach the inputs and, through `decode`, the codebook.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,24 @@ from torch import Tensor
 
 from . import _eager
 
+try:
+    if os.environ.get("FEWBITS_NO_NATIVE"):
+        raise ImportError
+    from . import _cpu
+except ImportError:
+    _cpu = None
+
+_made = _cpu or _eager
+# Whether products with few inputs are faster than decoding the weight.
+COMPILED = _cpu is not None and _cpu.SIMD
+
 
 @torch.library.custom_op("fewbits::decode", mutates_args=())
 def decode(packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int) -> Tensor:
     """Return the dense weight of a shape."""
     shape = tuple(shape)
     count = torch.Size(shape).numel()
-    return _eager.decode(packed, codebook, shape, axis, (0, count)).view(shape)
+    return _made.decode(packed, codebook, shape, axis, (0, count)).view(shape)
 
 
 @decode.register_fake
@@ -58,8 +70,8 @@ decode.register_autograd(_decode_backward, setup_context=_decode_context)
 @torch.library.custom_op("fewbits::linear", mutates_args=())
 def linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
     """Return inputs (…, n) times the transposed weight (rows, n), as (…, rows)."""
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    result = _eager.linear(flat, packed, codebook, rows, axis)
+    flat = inputs.reshape(-1, inputs.shape[-1]).contiguous()
+    result = _made.linear(flat, packed, codebook, rows, axis)
     return result.view(*inputs.shape[:-1], rows)
 
 
@@ -80,6 +92,28 @@ def _linear_backward(ctx, gradient):
     return gradient @ weight, None, None, None, None
 
 
+@torch.library.custom_op("fewbits::linear_int8", mutates_args=())
+def linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    """As `linear`, with inputs and representatives rounded to eight bits.
+
+    Each row of the inputs and each codebook has a factor of its own; the sums are exact.
+    """
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    integers, factor = _eager.to_bytes(flat)
+    values, step = _eager.to_bytes(codebook)
+    sums = _made.linear_bytes(integers, packed, values, rows, axis)
+    steps = step.repeat_interleave(rows // len(step), dim=0).t()
+    result = (sums * (factor * steps)).to(inputs.dtype)
+    return result.view(*inputs.shape[:-1], rows)
+
+
+@linear_int8.register_fake
+def _(inputs, packed, codebook, rows, axis):
+    return inputs.new_empty(*inputs.shape[:-1], rows)
+
+
+# As if nothing had been rounded, for both.
+linear_int8.register_autograd(_linear_backward, setup_context=_linear_context)
 linear.register_autograd(_linear_backward, setup_context=_linear_context)
 
 
