@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from .._errors import FewbitsError, PlanError
 from .._file._atomic import fill_atomically
 from ._compare import compare
-from ._ready import Clustered, Ready, needs, ready
+from ._ready import Ready, needs, ready
 from ._result import Exported, ExportedWeight
 
-Weights = Literal["indices", "dense"]
-_WEIGHTS: tuple[Weights, ...] = ("indices", "dense")
+Weights = Literal["indices", "affine", "affine-int8", "dense"]
+_WEIGHTS: tuple[Weights, ...] = ("indices", "affine", "affine-int8", "dense")
 OPSET = 21  # the first with uint4
 _MOST_BYTES = (1 << 31) - 1  # of one protobuf message
 
@@ -41,13 +40,20 @@ def onnx(
     with constant folding (its default); the model then runs as a dense one does, in the memory of
     a dense one. The file alone is small.
 
+    With "affine" the weights of Linear layers whose codebooks are even grids (of
+    `quantize(method="uniform")` or the regularizer `Periodic`) become onnxruntime's MatMulNBits,
+    which computes from the packed integers and stays small in memory; "affine-int8" lets it round
+    its inputs to 8 bits, which is faster, and needs a `tolerance` of about 0.05. All others are
+    looked up.
+
     Args:
         model: a hardened module with tensors as inputs and outputs; exported in evaluation mode,
             not modified.
         path: the file, usually NAME.onnx.
         example_inputs: a tensor, or the positional inputs of `forward`; examples along the first
             axis of each. The outputs on all of them are compared.
-        weights: "indices", or "dense" for runtimes that lack the operators.
+        weights: "indices", "affine", "affine-int8", or "dense" for runtimes that lack the
+            operators of the others.
         dynamic_batch: whether the file takes any number of examples.
         tolerance: the largest difference to PyTorch, over the largest output, that passes.
         overwrite: whether to replace a file.
@@ -56,7 +62,8 @@ def onnx(
         What was written, how each weight is stored, and how the outputs compare.
 
     Raises:
-        PlanError: if the model is not hardened, has no weight of few values, or cannot be traced.
+        PlanError: if the model is not hardened, has no weight of few values, cannot be traced, or
+            has no Linear layer on even grids where "affine" asks for one.
         FileError: if the file exists or cannot be written.
         FewbitsError: if onnx, onnxscript or onnxruntime are missing, the file would be above
             2 GiB, or the outputs differ. Nothing is written in any of these cases.
@@ -89,7 +96,7 @@ def onnx(
         examples=len(prepared.inputs[0]),
         difference=compared[0],
         agreement=compared[1],
-        notes=(f"opset {OPSET}; small on disk, decoded in memory when a session loads it",),
+        notes=(f"opset {OPSET}; tables are small on disk, decoded when a session loads them",),
     )
 
 
@@ -103,11 +110,13 @@ def build(
     prepared: Ready, weights: Weights, dynamic_batch: bool
 ) -> tuple[bytes, tuple[ExportedWeight, ...]]:
     """Return the bytes of an ONNX file, and how each weight is stored in it; see `onnx`."""
+    from ._onnx_compact import compact, dense_row
+
     program = _traced(prepared, dynamic_batch, optimize=weights == "dense")
-    if weights == "indices":
-        stored = _with_tables(program, prepared.weights)
+    if weights == "dense":
+        stored = tuple(dense_row(weight) for weight in prepared.weights)
     else:
-        stored = tuple(_dense_row(weight) for weight in prepared.weights)
+        stored = compact(program, prepared.weights, weights)
     return _serialized(program.model), stored
 
 
@@ -158,69 +167,6 @@ def _traced(prepared: Ready, dynamic_batch: bool, *, optimize: bool) -> Any:
         log.setLevel(level)
     assert program is not None  # it is where dynamo=True
     return program
-
-
-def _with_tables(program: Any, weights: tuple[Clustered, ...]) -> tuple[ExportedWeight, ...]:
-    """In place: replace each weight of few values by its decoder; say how each is stored."""
-    import onnx_ir as ir
-    from onnxscript import optimizer
-
-    from ._onnx_decode import MARK, table
-
-    graph = program.model.graph
-    unused = _unused(program)
-    rows, shared = [], {}
-    for weight in weights:
-        values = [graph.initializers[name] for name in weight.names if name in graph.initializers]
-        if not values:
-            if not unused.issuperset(weight.names):
-                raise FewbitsError(
-                    f"{weight.name}: the exporter changed this weight, so that it cannot be stored"
-                    ' as indices. Use weights="dense", and please report it.'
-                )
-            rows.append(_row(weight, "left out: forward does not use it", 0))
-            continue
-        decoder = table(weight.name, weight.found, values[0].dtype or ir.DataType.FLOAT, shared)
-        for value in values:
-            del graph.initializers[value.name]
-        for constant in decoder.initializers:
-            graph.register_initializer(constant)
-        if len(graph):
-            graph.insert_before(graph[0], decoder.nodes)
-        else:
-            graph.extend(decoder.nodes)
-        for value in values:
-            value.replace_all_uses_with(decoder.nodes[-1].outputs[0], replace_graph_outputs=True)
-        rows.append(_row(weight, f"table, indices of {weight.found.width} bits", decoder.bytes))
-    for constant in shared.values():
-        graph.register_initializer(constant)
-    # What is left of tracing (shapes, casts) goes; batch norms stay apart from the weights.
-    optimizer.fold_constants(
-        program.model, should_fold=lambda node: False if MARK in node.metadata_props else None
-    )
-    optimizer.remove_unused_nodes(program.model)
-    return tuple(rows)
-
-
-def _unused(program: Any) -> set[str]:
-    """Return the parameters that no operation of the traced program reads."""
-    traced = program.exported_program
-    if traced is None:
-        return set()
-    users = {node.name: len(node.users) for node in traced.graph.nodes if node.op == "placeholder"}
-    names = traced.graph_signature.inputs_to_parameters
-    return {name for node, name in names.items() if not users.get(node)}
-
-
-def _row(weight: Clustered, stored: str, size: int) -> ExportedWeight:
-    groups, k = weight.found.codebook.shape
-    return ExportedWeight(
-        weight.name, weight.found.shape, k, groups, stored, size, weight.found.bytes_fixed
-    )
-
-
-def _dense_row(weight: Clustered) -> ExportedWeight:
-    return _row(weight, "dense", math.prod(weight.found.shape) * weight.values.element_size())
 
 
 def _serialized(model: Any) -> bytes:

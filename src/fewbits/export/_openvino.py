@@ -5,14 +5,14 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .._errors import FewbitsError, FileError
+from .._errors import FewbitsError, FileError, PlanError
 from .._file._atomic import check_path
 from ._compare import compare
-from ._onnx import Weights, build, check_weights
+from ._onnx import build
 from ._ready import needs, ready
 from ._result import Exported
 
@@ -22,7 +22,7 @@ def openvino(
     path: str | os.PathLike[str],
     *,
     example_inputs: Tensor | Sequence[Tensor],
-    weights: Weights = "indices",
+    weights: Literal["indices", "dense"] = "indices",
     dynamic_batch: bool = True,
     tolerance: float = 1e-4,
     overwrite: bool = False,
@@ -53,7 +53,8 @@ def openvino(
         FewbitsError: if OpenVINO or what the ONNX export needs is missing, OpenVINO lacks an
             operator, or the outputs differ. Nothing is written in any of these cases.
     """
-    check_weights(weights)
+    if weights not in ("indices", "dense"):
+        raise PlanError(f"weights is {weights!r}. Use indices or dense.")
     with needs("openvino"):
         import onnxscript  # noqa: F401
         import openvino as ov  # pyright: ignore[reportMissingImports]
