@@ -6,11 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._codebook import boundaries_of, grouped, grouped_like, shares_memory, std_of, ungrouped
+from ._codebook import (
+    boundaries_of,
+    grouped,
+    grouped_like,
+    refuse_bad,
+    shares_memory,
+    std_of,
+    ungrouped,
+)
 from ._errors import PlanError
-from ._kernels import compute_dtype, snap
+from ._kernels import assign, compute_dtype, count, snap
 from ._plan import CODEBOOK_SUFFIX, PlannedWeight
 from ._pull import Pieces
+from ._sharded import Sharding, add_up, check_sharding, is_sharded, parts, process_group
 from ._snapped import Switch, install, uninstall
 from .regularizers import Regularizer
 from .schedules import Schedule
@@ -73,13 +82,30 @@ class Attached:
     def weight(self) -> nn.Parameter:
         """The weight itself, never a snapped read of it."""
         module, attribute = self.owners[0]
-        weight = module._parameters.get(attribute)
-        if weight is None or (self.__dict__.get("_expected", weight) is not weight):
+        weight, known = module._parameters.get(attribute), self.__dict__.get("_expected")
+        if weight is known and weight is not None:
+            return weight
+        if known is not None and is_sharded(known):
+            return known  # FSDP2 shows the whole weight while it computes
+        if weight is None or (known is not None and not self._became_sharded(weight)):
             raise PlanError(
                 f"{self.planned.name} was replaced after attaching, so nothing would pull it."
                 " Attach Clustering after the model has its final parameters."
             )
         return weight
+
+    def _became_sharded(self, weight: nn.Parameter) -> bool:
+        """Take a weight that FSDP2 has sharded for the one that was attached."""
+        if not is_sharded(weight) or weight.shape != self._expected.shape:
+            return False
+        check_sharding(self.name, weight, self.planned.groups, self.planned.axis)
+        if is_sharded(self.codebook):
+            raise PlanError(
+                f"{self.name}: its codebook was sharded too. Keep codebooks whole:"
+                " fully_shard(…, ignored_params=clustering.codebooks())."
+            )
+        self._expected = weight
+        return True
 
     @property
     def codebook(self) -> nn.Parameter:
@@ -119,6 +145,20 @@ class Attached:
         with torch.no_grad():
             self.codebook.copy_(unordered.view_as(self.codebook))
 
+    def hidden(self) -> bool:
+        """Whether the module holds something else than the weight that is known, not a shard."""
+        module, attribute = self.owners[0]
+        weight = module._parameters.get(attribute)
+        if weight is None or weight is self._expected or is_sharded(self._expected):
+            return False
+        return not is_sharded(weight)
+
+    def whole(self) -> Tensor:
+        """Return the whole weight as (G, n), gathered from all processes where it is sharded."""
+        weight: Any = self.weight
+        whole = weight.detach().full_tensor() if is_sharded(weight) else weight.detach()
+        return grouped(whole, self.planned.groups, self.planned.axis)
+
     def view(self, weight: Tensor | None = None) -> Tensor:
         """Return the weight, or what is shaped like it, as (G, n); a view where strides allow."""
         own = self.weight.detach()
@@ -145,7 +185,7 @@ class Attached:
 
     def _version(self) -> tuple[int, int]:
         weight = self.weight
-        return weight._version, weight.data_ptr()
+        return weight._version, 0 if is_sharded(weight) else weight.data_ptr()
 
     def std(self) -> Tensor:
         """Return the standard deviation of the weights, 0-d; 1 where all are equal.
@@ -153,6 +193,10 @@ class Attached:
         NaN or infinite where a weight is. Kept until the weight is written to.
         """
         key = self._version()
+        if is_sharded(self.weight):
+            found = Sharding([self.weight], [self.planned.groups]).measure(self.rows()[0], 2)
+            std = (found[1][0] / self.weight.numel()).sqrt().to(compute_dtype(self.weight))
+            return torch.where(std == 0, torch.ones_like(std), std)
         if self._std is None or self._std[0] != key:
             std = std_of(self.weight.detach())
             self._std = (key, torch.where(std == 0, torch.ones_like(std), std))
@@ -177,6 +221,48 @@ class Attached:
         weight = self.weight.detach()
         values = snap(self.view(), self.rows()[0], self.boundaries())
         return ungrouped(values, weight, self.planned.groups, self.planned.axis)
+
+    def parts(self) -> list[tuple[Tensor, slice]]:
+        """Return what this process holds, (g, n) each, with the groups that it belongs to."""
+        groups = self.planned.groups
+        weight = self.weight
+        return parts(weight, groups) if is_sharded(weight) else [(self.view(), slice(0, groups))]
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Return what all processes that hold a part of the weight have, added up."""
+        weight = self.weight
+        return add_up([values], process_group(weight))[0] if is_sharded(weight) else values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest of what those processes have."""
+        weight = self.weight
+        group = process_group(weight) if is_sharded(weight) else None
+        return add_up([values], group, "max")[0]
+
+    def counts(self) -> Tensor:
+        """Return the members of each representative, (G, K) float64."""
+        codebook, boundaries = self.rows()[0], self.boundaries()
+        counts = torch.zeros_like(codebook, dtype=torch.float64)
+        for view, rows in self.parts():
+            counts[rows] += count(assign(view, boundaries[rows]), codebook.shape[1])
+        return self.add_up(counts)
+
+    def check_finite(self, when: str = "") -> None:
+        """Raise a `CodebookError` if a weight or a representative is NaN or infinite."""
+        bad = sum(int((~view.isfinite()).sum()) for view, _ in self.parts())
+        bad = int(self.add_up(torch.tensor(float(bad), device=self.weight.device)))
+        refuse_bad(self.name, bad, self.weight.numel(), when)
+        own = self.codebook.detach()
+        refuse_bad(self.name + " codebook", int((~own.isfinite()).sum()), own.numel(), when)
+
+    def harden(self) -> None:
+        """In place: set every weight to its representative."""
+        if not is_sharded(self.weight):
+            self.weight.copy_(self.snap())
+            return
+        codebook, boundaries = self.rows()[0], self.boundaries()
+        for view, rows in self.parts():
+            view.copy_(snap(view, codebook[rows], boundaries[rows]))
 
     def reset_usage(self) -> None:
         """In place: forget the usage: every representative counts as equally and just used."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ._attach import Attached
-from ._codebook import check_finite, split_largest
+from ._codebook import split_largest
 from ._errors import CodebookError
-from ._kernels import assign, count
+from ._kernels import assign
 
 log = logging.getLogger("fewbits")
 
@@ -38,8 +38,7 @@ def check_numbers(
     if _all_finite(numbers + [values for _, values in penalties]):
         return
     for layer in layers:
-        check_finite(layer.name, layer.weight.detach(), when)
-        check_finite(layer.name + " codebook", layer.codebook.detach(), when)
+        layer.check_finite(when)
         if not bool(layer.std().isfinite()):
             raise CodebookError(
                 f"{layer.name}: the weights are too large to square{when}."
@@ -75,9 +74,12 @@ def look_after(layer: Attached, step: int, *, revive: bool) -> Tensor:
     """
     layer.note_movement()
     codebook, order = layer.rows()
-    view, k = layer.view(), codebook.shape[1]
-    counts = count(assign(view, layer.boundaries()), k)
-    if k > 1 and not layer.collapse_reported and bool((counts > 0).sum(1).eq(1).all()):
+    counts = layer.counts()
+    if (
+        codebook.shape[1] > 1
+        and not layer.collapse_reported
+        and bool((counts > 0).sum(1).eq(1).all())
+    ):
         layer.collapse_reported = True
         warnings.warn(
             f"{layer.name}: all weights share one representative at step {step}."
@@ -86,20 +88,19 @@ def look_after(layer: Attached, step: int, *, revive: bool) -> Tensor:
         )
     dead = counts == 0
     if revive and bool(dead.any()):
-        _revive(layer, view, codebook, order, dead, step)
+        _revive(layer, codebook, order, dead, step)
     layer.look()
     return counts
 
 
-def _revive(
-    layer: Attached, view: Tensor, codebook: Tensor, order: Tensor, dead: Tensor, step: int
-) -> None:
-    fresh, boundaries = codebook.clone(), layer.boundaries()
+def _revive(layer: Attached, codebook: Tensor, order: Tensor, dead: Tensor, step: int) -> None:
+    fresh, boundaries, parts = codebook.clone(), layer.boundaries(), layer.parts()
     for group in dead.any(1).nonzero().flatten().tolist():
         first = dead[group] & (dead[group].cumsum(0) <= MOST_REVIVED)
         row = slice(group, group + 1)
-        indices = assign(view[row], boundaries[row])
-        fresh[row] = split_largest(view[row], codebook[row], first, indices)
+        own = _row_of(parts, group, layer.weight)
+        indices = assign(own, boundaries[row])
+        fresh[row] = split_largest(own, codebook[row], first, indices, layer.add_up, layer.largest)
     revived = int((fresh != codebook).logical_and(dead).sum())
     if revived:
         layer.write_codebook(fresh, order)
@@ -110,3 +111,11 @@ def _revive(
             int(dead.sum()),
             step,
         )
+
+
+def _row_of(parts: list[tuple[Tensor, slice]], group: int, weight: Tensor) -> Tensor:
+    """Return this process's weights of one group, (1, n); n is 0 where it has none."""
+    for view, rows in parts:
+        if rows.start <= group < rows.stop:
+            return view[group - rows.start][None]
+    return torch.zeros(1, 0, dtype=weight.dtype, device=weight.device)

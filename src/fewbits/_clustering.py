@@ -11,12 +11,13 @@ from ._attach import Attached
 from ._care import check_numbers, look_after
 from ._codebook import INITS, Init, check_finite, grouped, initial_codebook
 from ._errors import PlanError, did_you_mean
-from ._gap import Gap, LayerGap, layer_gap
-from ._kernels import assign, cluster_sums, count
+from ._gap import Gap, layer_gap
+from ._kernels import cluster_sums
 from ._penalty import LayerTerm, PenaltyFunction, StackTerm, Term, WeightHook
 from ._plan import Plan, carried_out, unwrapped
 from ._pull import Penalty, Proximal, proximal_step
 from ._resolve import difference, strengths_of
+from ._sharded import is_sharded, show_shards
 from ._snapped import Switch
 from ._stack import Stack, Stacks
 from .regularizers import Nearest, Regularizer
@@ -95,6 +96,11 @@ class Clustering:
         strengths = strengths_of(self.plan, pull)
         weights = dict(self.model.named_parameters(remove_duplicate=False))
         for planned in self.plan.selected:
+            if is_sharded(weights[planned.name]):
+                raise PlanError(
+                    f"{planned.name} is sharded. Attach Clustering first, then call"
+                    " fully_shard(…, ignored_params=clustering.codebooks())."
+                )
             check_finite(planned.name, weights[planned.name].detach())
         codebooks = []  # all of them before the model is touched
         for planned in self.plan.selected:
@@ -130,6 +136,7 @@ class Clustering:
             PlanError: after `harden()`, or if a weight was replaced by another parameter.
         """
         self._check_active("loss")
+        self._show_shards()
         device = self._layers[0].weight.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             terms = self._terms(self.pull if isinstance(self.pull, Penalty) else None)
@@ -149,6 +156,7 @@ class Clustering:
             CodebookError: if weights, a codebook or the last penalty became NaN or infinite.
         """
         self._check_active("step")
+        self._show_shards()
         for term in self._last_terms:
             term.note_usage(USAGE_MOMENTUM)
         penalties = [(t.names, t.values) for t in self._last_terms if t.values is not None]
@@ -184,11 +192,11 @@ class Clustering:
             PlanError: if it was hardened before.
         """
         self._check_active("harden")
+        self._show_shards()
         for layer in self._layers:
-            check_finite(layer.name, layer.weight.detach())
-            check_finite(layer.name + " codebook", layer.codebook.detach())
+            layer.check_finite()
         for layer in self._layers:
-            layer.weight.copy_(layer.snap())
+            layer.harden()
         for hook in self._hooks.values():
             hook.remove()
         for layer in self._layers:
@@ -211,6 +219,7 @@ class Clustering:
             [{"params": …, "lr": …, "weight_decay": …}, the same for the codebooks].
         """
         self._check_active("param_groups")
+        self._show_shards()
         own = [p for layer in self._layers for p in layer.own_parameters()]
         ours = {id(p) for p in own}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
@@ -220,25 +229,19 @@ class Clustering:
             {"params": own, "lr": codebook_lr, "weight_decay": 0.0},
         ]
 
+    def codebooks(self) -> set[nn.Parameter]:
+        """Return all parameters that are ours: `fully_shard` wants them as `ignored_params`."""
+        self._check_active("codebooks")
+        return {p for layer in self._layers for p in layer.own_parameters()}
+
     # -- looking --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def gap(self) -> Gap:
         """Return what hardening now would move, and the health of every codebook."""
         self._check_active("gap")
-        return Gap(tuple(self._layer_gap(layer) for layer in self._layers), self.steps)
-
-    def _layer_gap(self, layer: Attached) -> LayerGap:
-        codebook, _ = layer.rows()
-        indices = assign(layer.view(), layer.boundaries())
-        return layer_gap(
-            layer.name,
-            layer.weight.detach(),
-            layer.snap(),
-            codebook=codebook,
-            counts=count(indices, codebook.shape[1]),
-            unmoved=layer.unmoved,
-        )
+        self._show_shards()
+        return Gap(tuple(layer_gap(layer) for layer in self._layers), self.steps)
 
     @contextmanager
     def snapped(self) -> Iterator[None]:
@@ -302,11 +305,7 @@ class Clustering:
     def _together(self) -> bool:
         """Whether passes over many layers do what the regularizer and the pull want."""
         uniform = torch.ones(1, 1)
-        return (
-            self.pull is not None
-            and self.regularizer.power is not None
-            and self.regularizer.cost(uniform) is None
-        )
+        return self.regularizer.power is not None and self.regularizer.cost(uniform) is None
 
     def _stacked(self, step: int) -> list[tuple[Stack, list[float]]]:
         """Return the stacks with the strengths of their layers at a step."""
@@ -375,7 +374,7 @@ class Clustering:
     def _start(self, layer: Attached) -> None:
         """The pull switches on: begin from the weights as they are now."""
         codebook, order = layer.rows()
-        fresh = initial_codebook(layer.view(), codebook.shape[1], self.init)
+        fresh = initial_codebook(layer.whole(), codebook.shape[1], self.init)
         layer.write_codebook(fresh, order)
         layer.look()
         layer.reset_usage()
@@ -386,6 +385,16 @@ class Clustering:
         allowed = self.regularizer.project(codebook)
         if allowed is not codebook:
             layer.write_codebook(allowed, order)
+
+    def _show_shards(self) -> None:
+        """Meet weights that FSDP2 has sharded since; the first time it may hold them whole."""
+        if any(layer.hidden() for layer in self._layers):
+            show_shards(self.model)
+        if self._stacks is None and any(is_sharded(layer.weight) for layer in self._layers):
+            raise PlanError(
+                f"{self.regularizer!r} does not work with sharded weights. Use Nearest(), or"
+                " DistributedDataParallel in place of fully_shard."
+            )
 
     def _check_active(self, what: str) -> None:
         if self._hardened:

@@ -1,6 +1,7 @@
 """Codebooks as tensors: where they start, which weight goes where, what snapping costs."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -62,11 +63,14 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_finite(name: str, values: Tensor, when: str = "") -> None:
     """Raise a `CodebookError` if a weight or codebook holds NaN or infinity."""
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        bad = int((~finite).sum())
+    refuse_bad(name, int((~torch.isfinite(values)).sum()), values.numel(), when)
+
+
+def refuse_bad(name: str, bad: int, size: int, when: str = "") -> None:
+    """Raise a `CodebookError` if there are values that are NaN or infinite."""
+    if bad:
         raise CodebookError(
-            f"{name}: {bad:,} of {values.numel():,} values are NaN or infinite{when}."
+            f"{name}: {bad:,} of {size:,} values are NaN or infinite{when}."
             " Load a good checkpoint, or lower the learning rate that led here."
         )
 
@@ -187,17 +191,26 @@ def distortion_of(weight: Tensor, snapped: Tensor) -> float:
     return float(error / power) if power > 0 else 0.0
 
 
-def split_largest(weight: Tensor, codebook: Tensor, dead: Tensor, indices: Tensor) -> Tensor:
+def split_largest(
+    weight: Tensor,
+    codebook: Tensor,
+    dead: Tensor,
+    indices: Tensor,
+    add_up: Callable[[Tensor], Tensor] = lambda values: values,
+    largest: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Tensor:
     """Give each dead representative half of the cluster with the largest distortion.
 
     The cluster is cut at its mean: its representative takes the mean of the lower half, the dead
     one the mean of the upper half (one step of Linde, Buzo & Gray's splitting).
 
     Args:
-        weight: (1, n) one group.
+        weight: (1, n) one group, or this process's part of it.
         codebook: (1, K) ascending.
         dead: (K,) bool.
         indices: (1, n) assignment under `codebook`.
+        add_up: sums float64 numbers over all processes that hold a part.
+        largest: the same for the largest number.
 
     Returns:
         (1, K) new codebook, not sorted; unchanged where no cluster has two distinct weights.
@@ -206,18 +219,31 @@ def split_largest(weight: Tensor, codebook: Tensor, dead: Tensor, indices: Tenso
     k = codebook.shape[1]
     indices = indices.to(torch.int32)
     error = (weight - gather(codebook.to(weight.dtype), indices)).double().square()
-    counts, distortion = accumulate(error, indices, k)
+    counts, distortion = add_up(torch.stack(accumulate(error, indices, k)))
     distortion[counts < 2] = 0
+
+    def sums(members: Tensor) -> Tensor:
+        return torch.stack([members.sum(), members.new_tensor(float(members.numel()))])
+
     for j in dead.nonzero().flatten().tolist():
         widest = int(distortion[0].argmax())
         members = weight[indices == widest].double()
-        if distortion[0, widest] <= 0 or members.amin() == members.amax():
+        ends = members.new_full((2,), -torch.inf)
+        if members.numel():
+            ends = torch.stack([-members.amin(), members.amax()])
+        low, high = largest(ends).tolist()
+        if distortion[0, widest] <= 0 or -low == high:
             break
-        upper = members > members.mean()
-        codebook[0, widest] = members[~upper].mean()
-        codebook[0, j] = members[upper].mean()
-        indices[(indices == widest) & (weight.double() > members.mean())] = j
-        for cluster in (widest, j):
-            part = weight[indices == cluster].double()
-            distortion[0, cluster] = (part - codebook[0, cluster].double()).square().sum()
+        total, size = add_up(sums(members))
+        above = members > total / size
+        (lower, lower_size), (upper, upper_size) = add_up(
+            torch.stack([sums(members[~above]), sums(members[above])])
+        )
+        codebook[0, widest], codebook[0, j] = lower / lower_size, upper / upper_size
+        indices[(indices == widest) & (weight.double() > total / size)] = j
+        errors = [
+            (weight[indices == cluster].double() - codebook[0, cluster].double()).square().sum()
+            for cluster in (widest, j)
+        ]
+        distortion[0, widest], distortion[0, j] = add_up(torch.stack(errors))
     return codebook

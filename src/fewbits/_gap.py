@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ._codebook import distortion_of
+from ._attach import Attached
+from ._kernels import snap
 
 # A weight nearer to its representative than this share of the layer's standard deviation is
 # there: the proximal step leaves arrived weights exact, the rest is rounding.
@@ -77,36 +77,25 @@ class Gap:
         return "\n".join(lines)
 
 
-def layer_gap(
-    name: str,
-    weight: Tensor,
-    snapped: Tensor,
-    *,
-    codebook: Tensor,
-    counts: Tensor,
-    unmoved: bool,
-) -> LayerGap:
-    """Measure one layer.
-
-    Args:
-        name: the weight's name.
-        weight: any shape.
-        snapped: same shape, each weight's representative.
-        codebook: (G, K) ascending.
-        counts: (G, K) members of each.
-        unmoved: whether its codebook rests.
-    """
-    std = weight.float().std(correction=0) if weight.numel() > 1 else torch.zeros(())
-    moving = int(((weight - snapped).abs() > ARRIVED * std).sum())
+def layer_gap(layer: Attached) -> LayerGap:
+    """Measure one layer, all of its parts together where it is sharded."""
+    codebook, boundaries = layer.rows()[0], layer.boundaries()
+    pairs = [(v, snap(v, codebook[rows], boundaries[rows])) for v, rows in layer.parts()]
+    std, counts = layer.std(), layer.counts()
+    sums = torch.zeros(3, dtype=torch.float64, device=codebook.device)
+    for weight, snapped in pairs:
+        moving = ((weight - snapped).abs() > ARRIVED * std).sum()
+        error = (weight - snapped).double().square().sum()
+        sums += torch.stack([moving.double(), error, weight.double().square().sum()])
+    moving, error, power = layer.add_up(sums).tolist()
     close = codebook.diff(dim=1) <= MERGED * std.to(codebook)
-    used = counts > 0
     return LayerGap(
-        name=name,
-        weights=weight.numel(),
-        moving=moving,
-        distortion=distortion_of(weight, snapped),
+        name=layer.name,
+        weights=layer.weight.numel(),
+        moving=int(moving),
+        distortion=error / power if power > 0 else 0.0,
         usage=tuple((counts / counts.sum()).flatten().tolist()),
-        dead=int((~used).sum()),
+        dead=int((counts == 0).sum()),
         merged=int(close.sum()),
-        unmoved=unmoved,
+        unmoved=layer.unmoved,
     )

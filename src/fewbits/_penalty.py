@@ -15,11 +15,14 @@ from torch.autograd.function import once_differentiable
 from ._attach import Attached
 from ._kernels import pull_all
 from ._pull import Penalty, add_weight_gradient, evaluate, reduce_codebook_gradient
+from ._sharded import mean_gradients
 from ._stack import Stack
 from .regularizers import Regularizer
 
 # Adds a gradient to a (G, n) tensor.
 Adds = Callable[[Tensor], None]
+# Pays a gradient that is owed, once the backward pass is over.
+Pays = Callable[[], None]
 Gradients = list[Tensor | None]
 
 
@@ -131,15 +134,15 @@ class LayerTerm:
         if self.values is not None:
             self.attached.note_usage(self.counts, momentum)
 
-    def backward(self, gradient: Tensor) -> tuple[Gradients, list[WeightHook]]:
-        """Return the gradients of the inputs, and the hooks that owe theirs to a weight."""
+    def backward(self, gradient: Tensor) -> tuple[Gradients, list[Pays]]:
+        """Return the gradients of the inputs, and what pays those that are owed."""
         to_weight, owing = None, []
         if self.values is not None and self.inputs[0].requires_grad:
             factor = gradient.to(self.inputs[0].device) * self.strength
             to_weight = self.hook.gradient(
                 lambda out: add_weight_gradient(self.regularizer, self.layer, factor, out)
             )
-            owing = [self.hook] if to_weight is None else []
+            owing = [self.hook.flush] if to_weight is None else []
         own = zip(self.gradients, self.inputs[1:], strict=True)
         to_own = [(g * gradient.to(g.device)).to(p.dtype) for g, p in own]
         return [to_weight, *to_own], owing
@@ -182,9 +185,11 @@ class StackTerm:
 
     def backward(
         self, gradient: Tensor, hooks: dict[str, WeightHook]
-    ) -> tuple[Gradients, list[WeightHook]]:
-        """Return the gradients of the inputs, and the hooks that owe theirs to a weight."""
+    ) -> tuple[Gradients, list[Pays]]:
+        """Return the gradients of the inputs, and what pays those that are owed."""
         stack, count = self.stack, len(self.names)
+        if stack.sharding is not None:
+            return [None] * len(self.inputs), [lambda: _queue(lambda: self._finish(gradient))]
         to_weights: Gradients = [None] * count
         owing = []
         if self.values is not None:
@@ -194,10 +199,28 @@ class StackTerm:
                 hook = hooks[self.names[i]]
                 if stack.parameters[i].requires_grad:
                     to_weights[i] = hook.gradient(self._adds(i, factors[i : i + 1]))
-                    owing += [hook] if to_weights[i] is None else []
+                    owing += [hook.flush] if to_weights[i] is None else []
         dtype = stack.layers[0].codebook.dtype
         to_codebooks = (self.gradient * gradient.to(self.gradient)).to(dtype)
         return [*to_weights, *stack.split(to_codebooks)], owing
+
+    @torch.no_grad()
+    def _finish(self, gradient: Tensor) -> None:
+        """In place: give sharded weights and their codebooks what they are owed.
+
+        After FSDP2 has finished: it writes gradients of shards itself, on streams of its own.
+        """
+        stack = self.stack
+        assert stack.sharding is not None  # so backward() found
+        # The snapped forward pass leaves each process the gradient of its own inputs.
+        mean_gradients(stack.codebooks, stack.sharding.everyone)
+        if self.values is None:
+            return
+        factors = self.factors * gradient.to(self.factors)
+        stack.sharding.pull(self.codebook, self.power, factors)
+        to_codebooks = (self.gradient * gradient.to(self.gradient)).to(stack.codebooks[0].dtype)
+        for codebook, own in zip(stack.codebooks, stack.split(to_codebooks), strict=True):
+            codebook.grad = own if codebook.grad is None else codebook.grad + own
 
     def _adds(self, i: int, factor: Tensor) -> Adds:
         layer, rows = self.stack.layers[i], self.codebook[self.stack.spans[i]]
@@ -240,7 +263,7 @@ class PenaltyFunction(torch.autograd.Function):
         (gradient,) = grad_outputs
         ctx.saved_tensors  # noqa: B018  raises if a weight or codebook was changed in between
         result: Gradients = []
-        owed: list[WeightHook] = []
+        owed: list[Pays] = []
         for term in ctx.terms:
             if isinstance(term, StackTerm):
                 gradients, owing = term.backward(gradient, ctx.hooks)
@@ -249,11 +272,15 @@ class PenaltyFunction(torch.autograd.Function):
             result += gradients
             owed += owing
         if owed:
-            engine = torch.autograd.Variable._execution_engine  # pyright: ignore
-            engine.queue_callback(lambda: _flush(owed))
+            _queue(lambda: _pay(owed))
         return (None, None, *result)
 
 
-def _flush(hooks: Sequence[WeightHook]) -> None:
-    for hook in hooks:
-        hook.flush()
+def _queue(callback: Callable[[], None]) -> None:
+    """Have a function called when the running backward pass is over, after those queued before."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore
+
+
+def _pay(owed: Sequence[Pays]) -> None:
+    for pay in owed:
+        pay()

@@ -10,6 +10,7 @@ from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
 from ._kernels import cluster_sums, compute_dtype, snap
 from ._plan import CODEBOOK_SUFFIX
 from ._pull import reduce_codebook_gradient
+from ._sharded import is_sharded
 
 # Where a layer keeps its switches while it is attached; plain Python attribute, not a parameter.
 SWITCHES = "_fewbits_switches"
@@ -171,13 +172,24 @@ def install(module: nn.Module, attribute: str, switch: Switch) -> None:
 def uninstall(module: nn.Module) -> None:
     """In place: give the module its own class back and forget every switch; idempotent."""
     if SWITCHES in module.__dict__:
-        module.__class__ = _original_class(module)
+        module.__class__ = _without_ours(type(module))
         del module.__dict__[SWITCHES]
 
 
 def _original_class(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
     return cls.__dict__.get("__fewbits_original__", cls)
+
+
+def _without_ours(cls: type) -> type:
+    """Return the class without our property: itself, or made anew where others built on ours."""
+    if "__fewbits_original__" in cls.__dict__:
+        return cls.__dict__["__fewbits_original__"]
+    if not hasattr(cls, "__fewbits_original__"):
+        return cls
+    # As fully_shard does, which derives a class of its own from the one it finds.
+    body = {n: v for n, v in cls.__dict__.items() if n not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(_without_ours, cls.__bases__)), body)
 
 
 _classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
@@ -197,8 +209,8 @@ def _reader(attribute: str):
     def read(self: nn.Module) -> Tensor | None:
         weight = self._parameters[attribute]
         switch = self.__dict__[SWITCHES].get(attribute)
-        if weight is None or switch is None or not switch.active:
-            return weight
+        if weight is None or switch is None or not switch.active or is_sharded(weight):
+            return weight  # a shard is not what the layer computes with
         codebook = self._parameters[attribute + CODEBOOK_SUFFIX]
         assert codebook is not None  # ours: registered when the property was installed
         return snap_through(weight, codebook, switch)

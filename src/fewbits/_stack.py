@@ -17,6 +17,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from ._attach import Attached
 from ._codebook import shares_memory
 from ._kernels import Weights, compute_dtype, measure_all, move_all
+from ._sharded import Sharding, is_sharded, process_group
 
 # Weights in a layer whose gradient is computed with all others' into one buffer and returned to
 # autograd: 256 KB of float32. Larger ones add theirs in place, where a call of its own is nothing.
@@ -48,6 +49,7 @@ class Stack:
         layers: L of them.
         parameters: their weights.
         codebooks: their codebooks.
+        sharding: where their parts belong, if they are sharded.
         small: how many have their gradient computed together.
         weights: their (G, n) views.
         spans: each layer's rows among the R of all.
@@ -62,11 +64,13 @@ class Stack:
         self.small = sum(map(_is_small, layers))
         self.parameters: list[nn.Parameter] = [layer.weight for layer in self.layers]
         self.codebooks: list[nn.Parameter] = [layer.codebook for layer in self.layers]
-        self._views = Weights(layer.view() for layer in self.layers)
-        pairs = zip(self.parameters, self._views, strict=True)
+        groups = [layer.planned.groups for layer in self.layers]
+        sharded = is_sharded(self.parameters[0])
+        self.sharding = Sharding(self.parameters, groups) if sharded else None
+        self._views = Weights(() if sharded else (layer.view() for layer in self.layers))
+        pairs = zip(self.parameters, self._views, strict=False)
         self._copies = not all(shares_memory(weight, view) for weight, view in pairs)
         self.small_weights = Weights(self._views[: self.small])
-        groups = [layer.planned.groups for layer in self.layers]
         ends = list(accumulate(groups))
         self.spans = [slice(end - g, end) for end, g in zip(ends, groups, strict=True)]
         device = self.parameters[0].device
@@ -115,7 +119,11 @@ class Stack:
         versions = [weight._version for weight in self.parameters]
         known = self._measured
         if known is None or known[0] != versions or known[1] is not codebook:
-            totals, spreads, counts, sums = measure_all(self.weights(), codebook, None, power)
+            if self.sharding is None:
+                found = measure_all(self.weights(), codebook, None, power)
+            else:
+                found = self.sharding.measure(codebook, power)
+            totals, spreads, counts, sums = found
             std = (spreads / self.sizes.clamp(min=1)).sqrt()
             std = std.masked_fill(std == 0, 1.0)
             known = (versions, codebook, Measured(totals, std, counts, sums))
@@ -145,6 +153,9 @@ class Stack:
         codebook, _ = self.rows()
         amounts = self.strengths(strengths)
         amounts = amounts / (1 + amounts) if power == 2 else amounts * self.measure(power).std
+        if self.sharding is not None:
+            self.forget()
+            return self.sharding.move(codebook, power, amounts)
         views = self.weights()
         result = move_all(views, codebook, None, power, amounts)
         if self._copies:
@@ -171,7 +182,8 @@ class Stack:
 def _is_small(layer: Attached) -> bool:
     weight = layer.weight
     return (
-        weight.numel() <= SMALL
+        not is_sharded(weight)
+        and weight.numel() <= SMALL
         and weight.is_contiguous()
         and (layer.planned.groups == 1 or layer.planned.axis == 0)
     )
@@ -203,7 +215,8 @@ class Stacks:
         values = [schedule(step) for schedule in self._schedules]
         weights = [layer.weight for layer in self.layers]
         codebooks = [id(layer.codebook) for layer in self.layers]
-        pointers = [weight.data_ptr() for weight in weights]
+        # Of a shard not the address, which may change on one process and not on another.
+        pointers = [id(w) if is_sharded(w) else w.data_ptr() for w in weights]
         frozen = [moving and not weight.requires_grad for weight in weights]
         key = (values, codebooks, pointers, frozen)
         if key != self._key:
@@ -214,7 +227,8 @@ class Stacks:
             for layer, still in zip(self.layers, frozen, strict=True):
                 weight, codebook = layer.weight, layer.codebook
                 on = strengths[id(layer)] > 0 and not still
-                kind = (on, weight.device, weight.dtype, codebook.dtype, layer.planned.k)
+                over = id(process_group(weight)) if is_sharded(weight) else None
+                kind = (on, weight.device, weight.dtype, codebook.dtype, layer.planned.k, over)
                 alike.setdefault(kind, []).append(layer)
             known = {} if self._key is None or self._key[1:] != key[1:] else self._by_layers()
             self._stacks = []
