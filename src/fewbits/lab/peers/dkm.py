@@ -44,7 +44,7 @@ def temperature(weight: Tensor, k: int) -> float:
 
     The package's default, 1e-4, is in squared weights, and so another softness in every layer and
     at every K. On layers of a standard deviation of 0.03 to 0.26 it is all but hard at K = 2, where
-    it loses 3 points to this rule (digits, 3 seeds), and 1e-2 drives a layer to a single value.
+    it loses 4 points to this rule (digits, 3 seeds), and 1e-2 drives a layer to a single value.
 
     Args:
         weight: before the training.

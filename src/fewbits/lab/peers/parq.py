@@ -17,7 +17,7 @@ from . import Peer, check_rows, imported, quiet
 _BITS = {3: 0} | {2**bits: bits for bits in range(1, 9)}
 
 # From the authors' script for CIFAR-10: annealed from the first step on, to step 150 of 200, as
-# steeply as this about the middle. (The package's own default, 10, lost half a point to 50 on
+# steeply as this about the middle. (The package's own default, 10, lost 0.75 points to it on
 # digits at K = 2; 3 seeds.)
 ANNEALED = 0.75
 STEEPNESS = 100
