@@ -206,7 +206,7 @@ def test_overwrite_replaces_a_run(tmp_path):
 
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_the_command_it_names_goes_on(tmp_path):
-    arguments = ["train", *QUICK[:4], "--epochs", "100", "--out", "run", "--quiet"]
+    arguments = ["train", *QUICK[:4], "--epochs", "300", "--out", "run", "--quiet"]
     child = subprocess.Popen(
         [*FEWBITS, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_the_command_it_names_goes_on(tmp_p
     assert resumed.returncode == 0, resumed.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     epochs = [json.loads(line) for line in lines]
-    assert [e["epoch"] for e in epochs if e["job"] == "float-seed0"] == list(range(1, 101))
+    assert [e["epoch"] for e in epochs if e["job"] == "float-seed0"] == list(range(1, 301))
 
 
 def test_help_names_every_method_and_regularizer(tmp_path):
