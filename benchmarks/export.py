@@ -1,12 +1,13 @@
 """Exports of hardened networks: sizes, agreement with PyTorch, latency and memory of each runtime.
 
     python benchmarks/export.py agreement --cifar10 FOLDER    # a folder with CIFAR-10 as Parquet
-    python benchmarks/export.py speed --cifar10 FOLDER
+    python benchmarks/export.py write --cifar10 FOLDER --networks transformer vgg16
+    python benchmarks/export.py speed --networks transformer vgg16
 
 Networks are trained briefly with fewbits.Clustering and hardened, from seed 0; K = 16. `agreement`
-exports each to every runtime that is installed and compares on 1,000 held-out images. `speed` runs
-each file of a network in a process of its own on one thread: the median latency of one example,
-and how much resident memory loading and running took.
+exports each to every runtime that is installed and compares on 1,000 images. `write` writes
+networks in many forms, and `speed` runs each file in processes of its own on one thread: the
+median latency of one example, and how much resident memory loading and running took.
 """
 
 import argparse
@@ -218,13 +219,13 @@ def opened(kind: str, path: Path) -> Callable[[np.ndarray], Any]:
     return lambda x: session.run(None, {name: x})
 
 
-def measure(kind: str, path: Path, shape: list[int]) -> dict[str, float]:
+def measure(kind: str, path: Path) -> dict[str, float]:
     """Load a file and run it; seconds and bytes."""
     if kind.startswith("openvino"):
         pass
     elif not kind.startswith("torch"):
         pass
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x = np.load(path.with_name("image.npy"))
     gc.collect()
     before = resident()
     start = time.perf_counter()
@@ -240,72 +241,103 @@ def measure(kind: str, path: Path, shape: list[int]) -> dict[str, float]:
     return {"load": load, "latency": median(times), "resident": resident() - before}
 
 
-def files(model: nn.Module, images: Tensor, at: Path) -> dict[str, Path]:
-    """Write a network in every form that is measured; the name says how it is run."""
-    torch.save(model, at / "torch.pt")
-    found = {"torch, dense": at / "torch.pt"}
-    export.onnx(model, at / "dense.onnx", example_inputs=images, weights="dense")
-    export.onnx(model, at / "m.onnx", example_inputs=images)
-    found |= {"onnx, dense": at / "dense.onnx", "onnx, indices": at / "m.onnx"}
-    found |= {"onnx, indices, not folded": at / "m.onnx"}
+# The file of each form that is measured.
+FORMS = {
+    "torch, dense": "torch.pt",
+    "onnx, dense": "dense.onnx",
+    "onnx, indices": "indices.onnx",
+    "onnx, indices, not folded": "indices.onnx",
+    "onnx, onnxruntime's dynamic int8": "int8.onnx",
+    "onnx, onnxruntime's MatMulNBits int4": "int4.onnx",
+    "onnx, affine": "affine.onnx",
+    "onnx, affine-int8": "affine-int8.onnx",
+    "openvino, dense": "dense.xml",
+    "openvino, indices": "indices.xml",
+}
+
+
+def write(name: str, folder: str, at: Path) -> None:
+    """Write a network in every form that is measured."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    at.mkdir(parents=True)
+    model, images = networks(folder)[name]()
+    images = images[:8]
+    np.save(at / "image.npy", images[:1].numpy())
+    torch.save(model, at / "torch.pt")
+    export.onnx(model, at / "dense.onnx", example_inputs=images, weights="dense")
+    export.onnx(model, at / "indices.onnx", example_inputs=images)
     quantize_dynamic(at / "dense.onnx", at / "int8.onnx", weight_type=QuantType.QUInt8)
-    found["onnx, onnxruntime's dynamic int8"] = at / "int8.onnx"
-    export.openvino(model, at / "dense.xml", example_inputs=images, weights="dense")
-    export.openvino(model, at / "m.xml", example_inputs=images)
-    return found | {"openvino, dense": at / "dense.xml", "openvino, indices": at / "m.xml"}
-
-
-def speed(folder: str, only: list[str]) -> None:
-    """Print a row per network and form."""
-    print(
-        "| network | form | bytes on disk | resident, MB | load, s | one example, ms |"
-        "\n|---|---|---:|---:|---:|---:|"
+    for form in ("dense", "indices"):
+        export.openvino(model, at / f"{form}.xml", example_inputs=images, weights=form)
+    if name != "transformer":
+        return  # its other layers are no matrix products
+    int4 = MatMulNBitsQuantizer(
+        onnx.load(at / "dense.onnx"), block_size=32, is_symmetric=True, accuracy_level=4
     )
-    for name, make in networks(folder).items():
-        if name not in only:
+    int4.process()
+    int4.model.save_model_to_file(str(at / "int4.onnx"))  # pyright: ignore[reportAttributeAccessIssue]
+    fewbits.quantize(model, k=K, method="uniform")
+    export.onnx(model, at / "affine.onnx", example_inputs=images, weights="affine")
+    export.onnx(
+        model, at / "affine-int8.onnx", example_inputs=images, weights="affine-int8", tolerance=0.1
+    )
+
+
+def speed(name: str, at: Path) -> None:
+    """Print a row per form of a network that was written."""
+    for form, file in FORMS.items():
+        path = at / file
+        if not path.exists():
             continue
-        model, images = make()
-        with tempfile.TemporaryDirectory() as place:
-            written = files(model, images[:8], Path(place))
-            for kind, path in written.items():
-                # In turn, three times: a shared machine is slow at times.
-                rows = [_measured(kind, path, [1, *images.shape[1:]]) for _ in range(3)]
-                best = {key: min(row[key] for row in rows) for key in rows[0]}
-                size = path.stat().st_size
-                size += path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0
-                print(
-                    f"| {name} | {kind} | {size:,} | {best['resident'] / 1e6:.0f} |"
-                    f" {best['load']:.2f} | {best['latency'] * 1e3:.2f} |",
-                    flush=True,
-                )
+        # Several times in turn: a shared machine is slow at times.
+        rows = [_measured(form, path) for _ in range(3)]
+        best = {key: min(row[key] for row in rows) for key in rows[0]}
+        size = path.stat().st_size
+        size += path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0
+        print(
+            f"| {name} | {form} | {size:,} | {best['resident'] / 1e6:.0f} |"
+            f" {best['load']:.2f} | {best['latency'] * 1e3:.2f} |",
+            flush=True,
+        )
 
 
-def _measured(kind: str, path: Path, shape: list[int]) -> dict[str, float]:
+def _measured(form: str, path: Path) -> dict[str, float]:
     output = subprocess.check_output(
-        [sys.executable, __file__, "measure", json.dumps([kind, str(path), shape])], text=True
+        [sys.executable, __file__, "measure", json.dumps([form, str(path)])], text=True
     )
     return json.loads(output.splitlines()[-1])
 
 
 def main() -> None:
-    """Run one of the two tables."""
+    """Run one of the two tables, or write what the second measures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=["agreement", "speed", "measure"])
+    parser.add_argument("what", choices=["agreement", "write", "speed", "measure"])
     parser.add_argument("how", nargs="?", help="used by the benchmark itself")
     parser.add_argument("--cifar10", default="cifar10", help="data of vgg16")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="which ones")
+    parser.add_argument("--out", type=Path, default=Path("runs/export"), help="for write and speed")
     options = parser.parse_args()
     if options.what == "measure":
-        kind, path, shape = json.loads(options.how)
-        print(json.dumps(measure(kind, Path(path), shape)))
+        form, path = json.loads(options.how)
+        print(json.dumps(measure(form, Path(path))))
+        return
+    if options.what == "write":
+        for name in options.networks:
+            write(name, options.cifar10, options.out / name)
         return
     print(f"{versions()}\n")
     if options.what == "agreement":
         agreement(options.cifar10, options.networks)
-    else:
-        speed(options.cifar10, options.networks)
+        return
+    print(
+        "| network | form | bytes on disk | resident, MB | load, s | one example, ms |"
+        "\n|---|---|---:|---:|---:|---:|"
+    )
+    for name in options.networks:
+        speed(name, options.out / name)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from fewbits import export
 ov = pytest.importorskip("openvino", reason="pip install 'fewbits[openvino]'")
 
 
-@pytest.mark.parametrize("k", [2, 4, 5, 16, 300])
+@pytest.mark.parametrize("k", [4, 16, 300])
 def test_outputs_are_pytorchs_from_packed_bytes(tmp_path, k):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(97, 256, bias=False), nn.ReLU(), nn.Linear(256, 10))
