@@ -66,10 +66,10 @@ def _linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, ax
 
     Each row of the inputs and each codebook has a factor of its own; the sums are exact.
     """
-    integers, factor = _eager.to_bytes(inputs.reshape(-1, inputs.shape[-1]))
-    values, step = _eager.to_bytes(codebook)
+    integers, factor = _made.to_bytes(inputs.reshape(-1, inputs.shape[-1]).contiguous())
+    values, step = _made.to_bytes(codebook)
     sums = _made.linear_bytes(integers, packed, values, rows, axis)
-    steps = step.repeat_interleave(rows // len(step), dim=0).t()
+    steps = step if len(step) == 1 else step.repeat_interleave(rows // len(step), dim=0).t()
     result = (sums * (factor * steps)).to(inputs.dtype)
     return result.view(*inputs.shape[:-1], rows)
 
