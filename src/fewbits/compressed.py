@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._errors import CodebookError, PlanError, did_you_mean
 from ._indexed import bits_of, indexed
 from ._packed import (
+    PACKED,
     Activations,
     PackedWeight,
     attach,
@@ -169,7 +170,7 @@ def decompress(model: nn.Module) -> None:
     dense: dict[PackedWeight, nn.Parameter] = {}
     for layer in list(unwrapped(model).modules()):
         if is_compressed(layer):
-            weight = layer.get_submodule("packed_weight")
+            weight = layer.get_submodule(PACKED)
             assert isinstance(weight, PackedWeight)
             if weight not in dense:
                 dense[weight] = nn.Parameter(weight())
@@ -187,7 +188,7 @@ def memory(model: nn.Module) -> Memory:
     reasons, eight = {}, False
     for name, layer in model.named_modules(remove_duplicate=False):
         if is_compressed(layer):
-            weight = layer.get_submodule("packed_weight")
+            weight = layer.get_submodule(PACKED)
             assert isinstance(weight, PackedWeight)
             full = f"{name}.weight" if name else "weight"
             owners.setdefault(weight, []).append(full)

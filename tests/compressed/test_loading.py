@@ -167,3 +167,11 @@ def test_loading_takes_the_packed_size_and_one_layer(tmp_path):
     # Beside what is held: one layer's stream, indices of 16 bits and packed indices, each less than
     # a dense layer together, and what the allocator keeps. Twelve dense layers would be 50 MB.
     assert grown < held + 2.5 * layer, f"{grown:,} bytes for {held:,}"
+
+
+def test_a_compressed_model_is_not_saved_as_if_it_were_dense(tmp_path):
+    for model, name in ((nn.Sequential(nn.Linear(64, 64)), "0"), (nn.Linear(64, 64), "the model")):
+        packed = both(model)[1]
+        with pytest.raises(FileError, match=f"is compressed: {name} holds .*decompress first"):
+            fewbits.save(packed, tmp_path / "f")
+    assert not (tmp_path / "f").exists()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._errors import FileError, did_you_mean
 from .._indexed import Indexed, bits_of, indexed
+from .._packed import PACKED
 from .._plan import CODEBOOK_SUFFIX, unwrapped
 from . import _coders
 from ._atomic import fill_atomically
@@ -119,6 +120,7 @@ def _checked(model: nn.Module | Mapping[str, Tensor]) -> Tensors:
         seen[key] = name
         sources[name] = lambda tensor=tensor: tensor
     _refuse_attached(state)
+    _refuse_compressed(state)
     return Tensors(sources, tied)
 
 
@@ -150,6 +152,17 @@ def _refuse_attached(state: Mapping[str, Tensor]) -> None:
         raise FileError(
             f"the model is not hardened: {_counts(state, names)}."
             " Call harden() on its Clustering first."
+        )
+
+
+def _refuse_compressed(state: Mapping[str, Tensor]) -> None:
+    end = f"{PACKED}.indices"
+    names = [name.removesuffix(end) for name in state if f".{name}".endswith(f".{end}")]
+    if names:
+        layer = names[0].removesuffix(".") or "the model"
+        raise FileError(
+            f"the model is compressed: {layer} holds packed indices. Save it before"
+            " fewbits.compressed.compress, or call fewbits.compressed.decompress first."
         )
 
 

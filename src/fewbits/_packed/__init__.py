@@ -1,5 +1,6 @@
 """Weights that stay packed indices and codebooks in memory, and the layers that compute so."""
 
+from ._layers import PACKED as PACKED
 from ._layers import Activations as Activations
 from ._layers import PackedWeight as PackedWeight
 from ._layers import attach as attach

@@ -205,6 +205,37 @@ TARGET static void dot_nibbles(const uint8_t *data, int64_t blocks, int batch,
 
 /* ---- eight-bit values and inputs ---------------------------------------------------------- */
 
+/* Write a row on 255 levels; return the step between them, which is not finite where the row is
+ * not. */
+TARGET static float row_to_bytes(const float *values, int64_t count, int8_t *out) {
+    __m256 most = _mm256_setzero_ps(), clear = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    float all[8], largest = 0;
+    int64_t i = 0;
+    int finite = 1;
+    for (; i + 8 <= count; i += 8) {
+        __m256 v = _mm256_and_ps(_mm256_loadu_ps(values + i), clear);
+        /* A NaN is seen in the comparison, an infinity in the largest. */
+        finite &= !_mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        most = _mm256_max_ps(most, v);
+    }
+    _mm256_storeu_ps(all, most);
+    for (int j = 0; j < 8; j++) largest = all[j] > largest ? all[j] : largest;
+    for (; i < count; i++) {
+        finite &= values[i] == values[i];
+        largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
+    }
+    if (!finite || largest > 3.4028235e38f) {
+        memset(out, 0, count);
+        return finite ? INFINITY : NAN;
+    }
+    float step = largest / 127, divisor = step > 0 ? step : 1;
+    for (i = 0; i < count; i++) { /* to the nearest, ties to even */
+        __m128 quotient = _mm_div_ss(_mm_set_ss(values[i]), _mm_set_ss(divisor));
+        out[i] = (int8_t)_mm_cvtss_si32(quotient);
+    }
+    return step;
+}
+
 /* Byte p of the planes that a block of packed indices is cut into; see `plane_element`. */
 INLINE void planes_of(const uint8_t *data, int width, __m256i *planes) {
     __m256i mask = _mm256_set1_epi8((char)((1 << width) - 1));
@@ -232,55 +263,73 @@ INLINE void planes_of(const uint8_t *data, int width, __m256i *planes) {
         planes[plane] = _mm256_and_si256(_mm256_srli_epi16(all, plane * width), mask);
 }
 
-/* Add to sums[b] the products of one block's bytes with each input's planes. */
-INLINE void dot_block_of(const uint8_t *data, int width, int batch, __m256i table,
-                         const int8_t *input, int64_t stride, __m256i *sums) {
-    __m256i planes[8], ones = _mm256_set1_epi16(1);
-    planes_of(data, width, planes);
-    for (int plane = 0; plane < PLANES(width); plane++) {
-        __m256i values = _mm256_shuffle_epi8(table, planes[plane]);
+/* Add to sums[r, b] the products of one block of each row with each input's planes. */
+INLINE void dot_block_of(const uint8_t *const *data, int width, int rows, int batch,
+                         const __m256i *tables, const int8_t *input, int64_t stride,
+                         __m256i *sums) {
+    __m256i planes[MOST_ROWS][8], ones = _mm256_set1_epi16(1);
+    for (int r = 0; r < rows; r++) planes_of(data[r], width, planes[r]);
+    for (int plane = 0; plane < PLANES(width); plane++)
         for (int b = 0; b < batch; b++) {
             __m256i x = _mm256_loadu_si256((const __m256i *)(input + b * stride + 32 * plane));
-            /* |x| times the value with the sign of x: at most 2 x 127 x 127 in 16 bits. */
-            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(values, x));
-            sums[b] = _mm256_add_epi32(sums[b], _mm256_madd_epi16(pairs, ones));
+            __m256i size = _mm256_abs_epi8(x);
+            for (int r = 0; r < rows; r++) {
+                __m256i values = _mm256_shuffle_epi8(tables[r], planes[r][plane]);
+                /* |x| times the value with the sign of x: at most 2 x 127 x 127 in 16 bits. */
+                __m256i both = _mm256_maddubs_epi16(size, _mm256_sign_epi8(values, x));
+                __m256i *to = sums + r * batch + b;
+                *to = _mm256_add_epi32(*to, _mm256_madd_epi16(both, ones));
+            }
         }
-    }
 }
 
-INLINE void dot_bytes_of(const uint8_t *data, const uint8_t *end, int64_t blocks, int width,
-                         int batch, const int8_t *table, const int8_t *input, int64_t stride,
-                         int32_t *sums) {
-    __m256i total[4];
-    __m256i look = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    for (int b = 0; b < batch; b++) total[b] = _mm256_setzero_si256();
+INLINE void dot_bytes_of(const uint8_t *data, int64_t apart, const uint8_t *end, int64_t blocks,
+                         int width, int rows, int batch, const int8_t *table,
+                         const int8_t *input, int64_t stride, int32_t *sums) {
+    __m256i total[MOST_ROWS * MOST_BYTE_INPUTS], look[MOST_ROWS];
+    const uint8_t *at[MOST_ROWS];
+    for (int r = 0; r < rows; r++)
+        look[r] = _mm256_broadcastsi128_si256(
+            _mm_loadu_si128((const __m128i *)(table + 16 * r)));
+    for (int t = 0; t < rows * batch; t++) total[t] = _mm256_setzero_si256();
     int64_t size = BLOCK_BYTES(width), step = 32 * PLANES(width), i = 0;
-    for (; i < blocks && data + i * size + 32 <= end; i++)
-        dot_block_of(data + i * size, width, batch, look, input + i * step, stride, total);
-    for (; i < blocks; i++) { /* the last of all: what lies behind it is not ours */
-        uint8_t copy[32] = {0};
-        memcpy(copy, data + i * size, end - data - i * size < 32 ? end - data - i * size : 32);
-        dot_block_of(copy, width, batch, look, input + i * step, stride, total);
+    const uint8_t *last = data + (rows - 1) * apart;
+    for (; i < blocks && last + i * size + 32 <= end; i++) {
+        for (int r = 0; r < rows; r++) at[r] = data + r * apart + i * size;
+        dot_block_of(at, width, rows, batch, look, input + i * step, stride, total);
     }
-    for (int b = 0; b < batch; b++) {
+    for (; i < blocks; i++) { /* the last of all: what lies behind it is not ours */
+        uint8_t copy[MOST_ROWS][32] = {{0}};
+        for (int r = 0; r < rows; r++) {
+            int64_t left = end - (data + r * apart + i * size);
+            memcpy(copy[r], data + r * apart + i * size, left < 32 ? left : 32);
+            at[r] = copy[r];
+        }
+        dot_block_of(at, width, rows, batch, look, input + i * step, stride, total);
+    }
+    for (int t = 0; t < rows * batch; t++) {
         int32_t lanes[8];
-        _mm256_storeu_si256((__m256i *)lanes, total[b]);
-        sums[b] = 0;
-        for (int l = 0; l < 8; l++) sums[b] += lanes[l];
+        _mm256_storeu_si256((__m256i *)lanes, total[t]);
+        sums[t] = 0;
+        for (int l = 0; l < 8; l++) sums[t] += lanes[l];
     }
 }
 
+#define DOT_BYTES_OF(width, rows, batch)                                                         \
+    dot_bytes_of(data, apart, end, blocks, width, rows, batch, table, input, stride, sums)
 #define DOT_BYTES(width)                                                                         \
-    switch (batch) {                                                                             \
-    case 1: dot_bytes_of(data, end, blocks, width, 1, table, input, stride, sums); break;        \
-    case 2: dot_bytes_of(data, end, blocks, width, 2, table, input, stride, sums); break;        \
-    case 4: dot_bytes_of(data, end, blocks, width, 4, table, input, stride, sums); break;        \
-    }                                                                                            \
+    if (batch == 4) DOT_BYTES_OF(width, 1, 4);                                                   \
+    else if (batch == 2) DOT_BYTES_OF(width, 1, 2);                                              \
+    else if (rows == MOST_ROWS) DOT_BYTES_OF(width, MOST_ROWS, 1);                               \
+    else DOT_BYTES_OF(width, 1, 1);                                                              \
     break
 
-TARGET static void dot_bytes(const uint8_t *data, const uint8_t *end, int64_t blocks, int width,
-                             int batch, const int8_t *table, const int8_t *input,
-                             int64_t stride, int32_t *sums) {
+/* Write to sums (rows, batch) the products of rows, `apart` bytes from each other and with a table
+ * of 16 values each, with inputs: several of one of the two at a time. */
+TARGET static void dot_bytes(const uint8_t *data, int64_t apart, const uint8_t *end,
+                             int64_t blocks, int width, int rows, int batch,
+                             const int8_t *table, const int8_t *input, int64_t stride,
+                             int32_t *sums) {
     switch (width) {
     case 1: DOT_BYTES(1);
     case 2: DOT_BYTES(2);

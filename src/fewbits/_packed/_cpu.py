@@ -122,6 +122,15 @@ def linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: in
     return result
 
 
+def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """See `_eager.to_bytes`."""
+    if not (SIMD and values.dtype == torch.float32 and _on_cpu(values) and values.numel()):
+        return _eager.to_bytes(values)
+    integers, factor = torch.empty(values.shape, dtype=torch.int8), values.new_empty(len(values), 1)
+    _native.to_bytes(values.data_ptr(), *values.shape, integers.data_ptr(), factor.data_ptr())
+    return integers, factor
+
+
 def linear_bytes(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
     """See `_eager.linear_bytes`."""
     batch, columns = inputs.shape

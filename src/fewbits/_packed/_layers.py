@@ -20,9 +20,6 @@ from . import _eager, _operators
 Activations = Literal["float", "int8"]
 # What a layer calls the module that holds its weight.
 PACKED = "packed_weight"
-# Positions of a convolution's output up to which products with each patch are faster: with 512
-# channels of 3 x 3, for up to 4 bits and for more.
-_FEW, _VERY_FEW = 16, 4
 
 
 class PackedWeight(nn.Module):
@@ -73,7 +70,7 @@ class PackedWeight(nn.Module):
             inputs, codebook = inputs.to(wide), codebook.to(wide)
         if codebook.requires_grad and torch.is_grad_enabled():
             weight = _operators.decode(self.indices, codebook, self.shape, self.axis)
-            return nn.functional.linear(inputs, weight)
+            return nn.functional.linear(inputs, weight.flatten(1))
         product = _operators.linear_int8 if activations == "int8" else _operators.linear
         return product(inputs, self.indices, codebook, self.shape[0], self.axis)
 
@@ -120,6 +117,14 @@ def _positions(layer: Any, input: Tensor) -> list[int]:
     ]  # fmt: skip
 
 
+def _few(bits: int) -> int:
+    """Return how many outputs of a convolution are faster singly, as products with each patch.
+
+    With 512 channels of 3 x 3 on both sides; see docs/results/compressed.md.
+    """
+    return 16 if bits <= 4 else 4
+
+
 def _has_few_positions(layer: Any, input: Tensor) -> bool:
     """Whether a convolution is faster as a product with each patch, without decoding it all."""
     return (
@@ -131,8 +136,7 @@ def _has_few_positions(layer: Any, input: Tensor) -> bool:
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and math.prod(_positions(layer, input)) * len(input)
-        <= (_FEW if layer.packed_weight.bits <= 4 else _VERY_FEW)
+        and 1 <= math.prod(_positions(layer, input)) * len(input) <= _few(layer.packed_weight.bits)
     )
 
 
@@ -238,6 +242,7 @@ def attach(layer: nn.Module, weight: PackedWeight) -> None:
 def detach(layer: nn.Module, weight: nn.Parameter) -> None:
     """In place: give a layer a dense weight instead of its packed one."""
     del layer._modules[PACKED]
+    vars(layer).pop("activations", None)
     layer.__class__ = type(layer).__bases__[0]
     own = layer._parameters
     others = dict(own)

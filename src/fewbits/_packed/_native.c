@@ -18,7 +18,9 @@
 #define HAS_AVX2 0
 #endif
 
-#define MOST_INPUTS 8 /* of one pass over a row's indices */
+#define MOST_INPUTS 8      /* of one pass over a row's indices */
+#define MOST_BYTE_INPUTS 4 /* of the same with eight-bit arithmetic */
+#define MOST_ROWS 4        /* of one pass over a single eight-bit input */
 
 /* For eight-bit arithmetic a row's indices are cut into blocks, a block into planes of 32. */
 #define PLANES(width) ((width) == 3 ? 2 : 8 / (width))
@@ -211,6 +213,21 @@ static PyObject *linear(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* to_bytes(values, rows, columns, out, factors): see `_eager.to_bytes`. */
+static PyObject *to_bytes(PyObject *self, PyObject *args) {
+    unsigned long long values, out, factors;
+    Py_ssize_t rows, columns;
+    if (!PyArg_ParseTuple(args, "KnnKK", &values, &rows, &columns, &out, &factors)) return NULL;
+    const float *from = (const float *)(uintptr_t)values;
+    int8_t *to = (int8_t *)(uintptr_t)out;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t row = 0; row < rows; row++)
+        ((float *)(uintptr_t)factors)[row] =
+            row_to_bytes(from + row * columns, columns, to + row * columns);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 /* Which element of its block byte `byte` of plane `plane` is. */
 static int64_t plane_element(int width, int64_t plane, int64_t byte) {
     if (width == 3) return byte / 4 * 8 + 4 * plane + byte % 4;
@@ -227,14 +244,13 @@ static PyObject *arrange(PyObject *self, PyObject *args) {
         return NULL;
     const int8_t *x = (const int8_t *)(uintptr_t)input;
     int8_t *y = (int8_t *)(uintptr_t)out;
-    int64_t block = 32 * PLANES(width);
+    int64_t block = 32 * PLANES(width), from[256];
+    for (int64_t i = 0; i < block; i++) from[i] = plane_element(width, i / 32, i % 32);
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t at = 0; at < padded; at++) {
-            int64_t from =
-                at / block * block + plane_element(width, at % block / 32, at % 32);
-            y[b * padded + at] = from < columns ? x[b * columns + from] : 0;
-        }
+    for (int64_t b = 0; b < batch; b++, x += columns, y += padded)
+        for (int64_t at = 0; at < padded; at += block)
+            for (int64_t i = 0; i < block; i++)
+                y[at + i] = at + from[i] < columns ? x[at + from[i]] : 0;
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -244,7 +260,7 @@ static PyObject *arrange(PyObject *self, PyObject *args) {
 static PyObject *linear_bytes(PyObject *self, PyObject *args) {
     unsigned long long data, codebook, input, out;
     Py_ssize_t bytes, batch, columns, padded, rows, first, last;
-    char table[16];
+    char table[MOST_ROWS * 16] = {0};
     Weight w;
     if (!PyArg_ParseTuple(args, "KnKinnnKnnnKnnn", &data, &bytes, &codebook, &w.width, &w.k,
                           &w.groups, &w.run, &input, &batch, &columns, &padded, &out, &rows,
@@ -256,18 +272,22 @@ static PyObject *linear_bytes(PyObject *self, PyObject *args) {
     const int8_t *x = (const int8_t *)(uintptr_t)input;
     int32_t *y = (int32_t *)(uintptr_t)out;
     int64_t blocks = padded / (32 * PLANES(w.width));
-    memset(table, 0, sizeof table);
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = first; row < last; row++) {
-        int64_t at = row * columns;
-        if (row == first || w.groups > 1) fill_table(&w, at, 1, table);
+    for (int64_t row = first; row < last;) {
+        int count = batch == 1 && last - row >= MOST_ROWS ? MOST_ROWS : 1;
+        int64_t at = row * columns * w.width / 8;
+        for (int r = 0; r < count; r++)
+            fill_table(&w, (row + r) * columns, 1, table + 16 * r);
         for (int64_t b = 0; b < batch;) {
-            int some = power_of_two_below(batch - b, 4);
-            int32_t sums[4];
-            dot_bytes(w.data + at / 8 * w.width, w.end, blocks, w.width, some,
+            int some = power_of_two_below(batch - b, MOST_BYTE_INPUTS);
+            int32_t sums[MOST_ROWS * MOST_BYTE_INPUTS] = {0};
+            dot_bytes(w.data + at, columns * w.width / 8, w.end, blocks, w.width, count, some,
                       (const int8_t *)table, x + b * padded, padded, sums);
-            for (int i = 0; i < some; i++, b++) y[b * rows + row] = sums[i];
+            for (int r = 0; r < count; r++)
+                for (int i = 0; i < some; i++) y[(b + i) * rows + row + r] = sums[r * some + i];
+            b += some;
         }
+        row += count;
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -290,6 +310,7 @@ static PyMethodDef methods[] = {
 #if HAS_AVX2
     {"arrange_floats", arrange_floats, METH_VARARGS, NULL},
     {"linear", linear, METH_VARARGS, NULL},
+    {"to_bytes", to_bytes, METH_VARARGS, NULL},
     {"arrange", arrange, METH_VARARGS, NULL},
     {"linear_bytes", linear_bytes, METH_VARARGS, NULL},
 #endif

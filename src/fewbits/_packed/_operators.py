@@ -4,7 +4,8 @@ The weight is frozen: gradients reach the inputs and, through `decode`, the code
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,22 +23,27 @@ _made = _cpu or _eager
 # Whether products with few inputs are faster than decoding the weight.
 COMPILED = _cpu is not None and _cpu.SIMD
 
+# Not `torch.library.custom_op`, whose first call imports the compiler: 70 MB of memory.
+_LIBRARY = torch.library.Library("fewbits", "FRAGMENT")
 
-@torch.library.custom_op("fewbits::decode", mutates_args=())
-def decode(packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+
+def _define(schema: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """Return an operator for every device, made of a function of the same name."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fewbits::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fewbits, name).default
+
+
+def _decode(packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int) -> Tensor:
     """Return the dense weight of a shape."""
     shape = tuple(shape)
     count = torch.Size(shape).numel()
     return _made.decode(packed, codebook, shape, axis, (0, count)).view(shape)
 
 
-@decode.register_fake
-def _(packed, codebook, shape, axis):
-    return codebook.new_empty(shape)
-
-
-@torch.library.custom_op("fewbits::decode_gradient", mutates_args=())
-def decode_gradient(gradient: Tensor, packed: Tensor, codebook: Tensor, axis: int) -> Tensor:
+def _decode_gradient(gradient: Tensor, packed: Tensor, codebook: Tensor, axis: int) -> Tensor:
     """Return the gradient of each representative: the sum over the weights that share it."""
     sums = torch.zeros(codebook.numel(), dtype=torch.float64, device=codebook.device)
     shape, flat = tuple(gradient.shape), gradient.reshape(-1)
@@ -48,9 +54,56 @@ def decode_gradient(gradient: Tensor, packed: Tensor, codebook: Tensor, axis: in
     return sums.view_as(codebook).to(codebook.dtype)
 
 
-@decode_gradient.register_fake
-def _(gradient, packed, codebook, axis):
-    return torch.empty_like(codebook)
+def _linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    """Return inputs (…, n) times the transposed weight (rows, n), as (…, rows)."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).contiguous()
+    result = _made.linear(flat, packed, codebook, rows, axis)
+    return result.view(*inputs.shape[:-1], rows)
+
+
+def _linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    """As `_linear`, with inputs and representatives rounded to eight bits.
+
+    Each row of the inputs and each codebook has a factor of its own; the sums are exact.
+    """
+    integers, factor = _made.to_bytes(inputs.reshape(-1, inputs.shape[-1]).contiguous())
+    values, step = _made.to_bytes(codebook)
+    sums = _made.linear_bytes(integers, packed, values, rows, axis)
+    steps = step if len(step) == 1 else step.repeat_interleave(rows // len(step), dim=0).t()
+    result = (sums * (factor * steps)).to(inputs.dtype)
+    return result.view(*inputs.shape[:-1], rows)
+
+
+def _take(
+    rows: Tensor, packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int
+) -> Tensor:
+    """Return rows (…) of the weight, as (…, shape[1])."""
+    found = _eager.take(rows.reshape(-1), packed, codebook, tuple(shape), axis)
+    return found.view(*rows.shape, shape[1])
+
+
+def _fake_linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], rows)
+
+
+_PRODUCT = "(Tensor inputs, Tensor packed, Tensor codebook, SymInt rows, int axis) -> Tensor"
+decode = _define(
+    "decode(Tensor packed, Tensor codebook, SymInt[] shape, int axis) -> Tensor",
+    _decode,
+    lambda packed, codebook, shape, axis: codebook.new_empty(shape),
+)
+decode_gradient = _define(
+    "decode_gradient(Tensor gradient, Tensor packed, Tensor codebook, int axis) -> Tensor",
+    _decode_gradient,
+    lambda gradient, packed, codebook, axis: torch.empty_like(codebook),
+)
+linear = _define(f"linear{_PRODUCT}", _linear, _fake_linear)
+linear_int8 = _define(f"linear_int8{_PRODUCT}", _linear_int8, _fake_linear)
+take = _define(
+    "take(Tensor rows, Tensor packed, Tensor codebook, SymInt[] shape, int axis) -> Tensor",
+    _take,
+    lambda rows, packed, codebook, shape, axis: codebook.new_empty(*rows.shape, shape[1]),
+)
 
 
 def _decode_context(ctx, inputs, output):
@@ -64,22 +117,6 @@ def _decode_backward(ctx, gradient):
     return None, decode_gradient(gradient, packed, codebook, ctx.axis), None, None
 
 
-decode.register_autograd(_decode_backward, setup_context=_decode_context)
-
-
-@torch.library.custom_op("fewbits::linear", mutates_args=())
-def linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
-    """Return inputs (…, n) times the transposed weight (rows, n), as (…, rows)."""
-    flat = inputs.reshape(-1, inputs.shape[-1]).contiguous()
-    result = _made.linear(flat, packed, codebook, rows, axis)
-    return result.view(*inputs.shape[:-1], rows)
-
-
-@linear.register_fake
-def _(inputs, packed, codebook, rows, axis):
-    return inputs.new_empty(*inputs.shape[:-1], rows)
-
-
 def _linear_context(ctx, inputs, output):
     values, packed, codebook, rows, axis = inputs
     ctx.save_for_backward(packed, codebook)
@@ -88,42 +125,13 @@ def _linear_context(ctx, inputs, output):
 
 def _linear_backward(ctx, gradient):
     packed, codebook = ctx.saved_tensors
-    weight = decode(packed, codebook, ctx.shape, ctx.axis)
-    return gradient @ weight, None, None, None, None
+    return gradient @ decode(packed, codebook, ctx.shape, ctx.axis), None, None, None, None
 
 
-@torch.library.custom_op("fewbits::linear_int8", mutates_args=())
-def linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
-    """As `linear`, with inputs and representatives rounded to eight bits.
-
-    Each row of the inputs and each codebook has a factor of its own; the sums are exact.
-    """
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    integers, factor = _eager.to_bytes(flat)
-    values, step = _eager.to_bytes(codebook)
-    sums = _made.linear_bytes(integers, packed, values, rows, axis)
-    steps = step.repeat_interleave(rows // len(step), dim=0).t()
-    result = (sums * (factor * steps)).to(inputs.dtype)
-    return result.view(*inputs.shape[:-1], rows)
-
-
-@linear_int8.register_fake
-def _(inputs, packed, codebook, rows, axis):
-    return inputs.new_empty(*inputs.shape[:-1], rows)
-
-
-# As if nothing had been rounded, for both.
-linear_int8.register_autograd(_linear_backward, setup_context=_linear_context)
-linear.register_autograd(_linear_backward, setup_context=_linear_context)
-
-
-@torch.library.custom_op("fewbits::take", mutates_args=())
-def take(rows: Tensor, packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int) -> Tensor:
-    """Return rows (…) of the weight, as (…, shape[1])."""
-    found = _eager.take(rows.reshape(-1), packed, codebook, tuple(shape), axis)
-    return found.view(*rows.shape, shape[1])
-
-
-@take.register_fake
-def _(rows, packed, codebook, shape, axis):
-    return codebook.new_empty(*rows.shape, shape[1])
+torch.library.register_autograd(
+    "fewbits::decode", _decode_backward, setup_context=_decode_context, lib=_LIBRARY
+)
+for _name in ("linear", "linear_int8"):  # rounding to eight bits has the gradient of doing nothing
+    torch.library.register_autograd(
+        f"fewbits::{_name}", _linear_backward, setup_context=_linear_context, lib=_LIBRARY
+    )
