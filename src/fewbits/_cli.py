@@ -167,6 +167,7 @@ def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, 
         "passes": lab.passes(weights, k, pairs),
         "attaching": lab.attaching(weights, k),
         "steps": lab.steps(model, batch, k, pairs),
+        "layers": lab.many_layers(batch, k, 4 * pairs),
     }
     if how["as_json"]:
         print(json.dumps(lab.environment() | tables, indent=1))
