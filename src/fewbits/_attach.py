@@ -16,9 +16,9 @@ from ._codebook import (
     ungrouped,
 )
 from ._errors import PlanError
-from ._kernels import assign, compute_dtype, count, snap
+from ._kernels import assign, cluster_sums, compute_dtype, count, snap
 from ._plan import CODEBOOK_SUFFIX, PlannedWeight
-from ._pull import Pieces
+from ._pull import Pieces, proximal_step
 from ._sharded import Sharding, add_up, check_sharding, is_sharded, parts, process_group
 from ._snapped import Switch, install, uninstall
 from .regularizers import Regularizer
@@ -221,6 +221,30 @@ class Attached:
         weight = self.weight.detach()
         values = snap(self.view(), self.rows()[0], self.boundaries())
         return ungrouped(values, weight, self.planned.groups, self.planned.axis)
+
+    def move(self, regularizer: Regularizer, step: int, share: float) -> Tensor | None:
+        """In place: give the weight one proximal step.
+
+        Args:
+            regularizer: the formula.
+            step: for the strength.
+            share: of the way that representatives then move to their clusters' means.
+
+        Returns:
+            (G, K) members of each representative; None where there is no pull.
+        """
+        amount = self.strength(step)
+        if amount <= 0 or not self.weight.requires_grad:
+            return None
+        pieces = self.pieces(step)
+        proximal_step(regularizer, pieces, amount)
+        self.write_view(self.weight.detach(), pieces.weight)
+        codebook, order = self.rows()
+        counts, sums = cluster_sums(self.view(), self.view(), self.boundaries())
+        if share:
+            means = torch.where(counts > 0, sums / counts.clamp(min=1), codebook.double())
+            self.write_codebook(codebook.double().lerp(means, share).to(codebook.dtype), order)
+        return counts
 
     def parts(self) -> list[tuple[Tensor, slice]]:
         """Return what this process holds, (g, n) each, with the groups that it belongs to."""

@@ -173,15 +173,15 @@ def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, 
 
     if min(batch, weights, *k) < 1 or max(k) > 65_536 or pairs < 2:
         raise PlanError("give --batch and --weights above 0, --k from 1 to 65,536, --pairs from 2.")
-    tables = (
-        {"peers": lab.peers(model, batch, k[0], pairs)}
-        if how["peers"]
-        else {
+    if how["peers"]:
+        tables = {"peers": lab.peers(model, batch, k[0], pairs)}
+    else:
+        tables = {
             "passes": lab.passes(weights, k, pairs),
             "attaching": lab.attaching(weights, k),
             "steps": lab.steps(model, batch, k, pairs),
+            "layers": lab.many_layers(batch, k, 4 * pairs),
         }
-    )
     if how["as_json"]:
         print(json.dumps(lab.environment() | tables, indent=1))
         return

@@ -12,10 +12,9 @@ from ._care import check_numbers, look_after
 from ._codebook import INITS, Init, check_finite, grouped, initial_codebook
 from ._errors import PlanError, did_you_mean
 from ._gap import Gap, layer_gap
-from ._kernels import cluster_sums
 from ._penalty import LayerTerm, PenaltyFunction, StackTerm, Term, WeightHook
 from ._plan import Plan, carried_out, unwrapped
-from ._pull import Penalty, Proximal, proximal_step
+from ._pull import Penalty, Proximal
 from ._resolve import difference, strengths_of
 from ._sharded import is_sharded, show_shards
 from ._snapped import Switch
@@ -353,23 +352,11 @@ class Clustering:
                 if not self.snapped_forward:
                     stack.average(counts, left, pull.average)
         if self._stacks is None:
+            share = 0.0 if self.snapped_forward else pull.average
             for layer in self._layers:
-                self._apply_to_layer(layer, pull)
-
-    def _apply_to_layer(self, layer: Attached, pull: Proximal) -> None:
-        amount = layer.strength(self.steps)
-        if amount <= 0 or not layer.weight.requires_grad:
-            return
-        pieces = layer.pieces(self.steps)
-        proximal_step(self.regularizer, pieces, amount)
-        layer.write_view(layer.weight.detach(), pieces.weight)
-        codebook, order = layer.rows()
-        counts, sums = cluster_sums(layer.view(), layer.view(), layer.boundaries())
-        layer.note_usage(counts, USAGE_MOMENTUM)
-        if not self.snapped_forward:
-            means = torch.where(counts > 0, sums / counts.clamp(min=1), codebook.double())
-            moved = codebook.double().lerp(means, pull.average).to(codebook.dtype)
-            layer.write_codebook(moved, order)
+                counts = layer.move(self.regularizer, self.steps, share)
+                if counts is not None:
+                    layer.note_usage(counts, USAGE_MOMENTUM)
 
     def _start(self, layer: Attached) -> None:
         """The pull switches on: begin from the weights as they are now."""

@@ -98,6 +98,37 @@ def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]
         return build(model, classes=10, shape=(3, 32, 32))
 
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    return _variants(fresh, images, labels, sizes, pairs, f"{model}, batch {batch}")
+
+
+def many_layers(batch: int, sizes: Iterable[int], pairs: int) -> list[Row]:
+    """Measure steps of a network of 150 linear layers of 64 x 64, as `steps` does of one.
+
+    Args:
+        batch: inputs in a step.
+        sizes: the numbers of values K.
+        pairs: how many pairs of steps; at least 2.
+
+    Returns:
+        rows as those of `steps`.
+    """
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(64, 64) for _ in range(150)))
+
+    inputs, labels = torch.randn(batch, 64), torch.randint(64, (batch,))
+    return _variants(fresh, inputs, labels, sizes, pairs, f"150 layers, batch {batch}")
+
+
+def _variants(
+    fresh: Callable[[], nn.Module],
+    inputs: Tensor,
+    labels: Tensor,
+    sizes: Iterable[int],
+    pairs: int,
+    what: str,
+) -> list[Row]:
     plain = Stepper(fresh(), None)
     rows = []
     for name, attach in VARIANTS.items():
@@ -105,11 +136,11 @@ def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]
             network = fresh()
             clustered = Stepper(network, attach(network, k))
             figures = _in_turn(
-                lambda: plain.step(images, labels),
-                lambda clustered=clustered: clustered.step(images, labels),
+                lambda: plain.step(inputs, labels),
+                lambda clustered=clustered: clustered.step(inputs, labels),
                 pairs,
             )
-            rows.append({"what": f"{name}, {model}, batch {batch}", "k": k, **figures})
+            rows.append({"what": f"{name}, {what}", "k": k, **figures})
     return rows
 
 
