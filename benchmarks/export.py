@@ -198,7 +198,7 @@ def resident() -> int:
 def opened(kind: str, path: Path) -> Callable[[np.ndarray], Any]:
     """Return a function that runs a file on one thread."""
     if kind.startswith("openvino"):
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
         compiled = openvino.Core().compile_model(path, "CPU", settings)
