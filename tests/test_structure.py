@@ -107,7 +107,7 @@ def callables():
         thing = getattr(fewbits, name)
         if inspect.ismodule(thing):
             for inner, value in vars(thing).items():
-                if inner[0] != "_" and getattr(value, "__module__", "") == thing.__name__:
+                if inner[0] != "_" and getattr(value, "__module__", "").startswith(thing.__name__):
                     yield f"{name}.{inner}", value
         else:
             yield name, thing

@@ -38,7 +38,7 @@ def onnx(
     With "indices" each weight of few values is stored as packed indices and its codebooks, which
     the graph looks up: bit for bit the weight. onnxruntime does that once, when it loads the file
     with constant folding (its default); the model then runs as a dense one does, in the memory of
-    a dense one. The file alone is small.
+    a dense one or rather more. The file alone is small.
 
     With "affine" the weights of Linear layers whose codebooks are even grids (of
     `quantize(method="uniform")` or the regularizer `Periodic`) become onnxruntime's MatMulNBits,

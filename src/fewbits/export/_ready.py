@@ -148,9 +148,8 @@ def _inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _state_bytes(model: nn.Module) -> int:
-    sizes = {
-        (t.data_ptr(), t.shape): t.numel() * t.element_size() for t in model.state_dict().values()
-    }
+    tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
+    sizes = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors}
     return sum(sizes.values())
 
 
