@@ -30,7 +30,7 @@ TITLES = {
 }
 SIZES = [10**5, 10**6, 10**7, 10**8, 10**9]
 # Most that a measurement may take, and what the plot names.
-MEMORY = 20e9
+MEMORY = 12e9
 SECONDS = 100.0
 LIMITS = {"a 24 GB card": 24e9, "an 80 GB card": 80e9}
 
