@@ -278,7 +278,7 @@ static PyObject *linear_bytes(PyObject *self, PyObject *args) {
         for (int64_t b = 0; b < batch;) {
             int some = power_of_two_below(batch - b, MOST_BYTE_INPUTS);
             int32_t sums[MOST_BYTE_INPUTS];
-            dot_bytes(w.data + at / 8 * w.width, w.end, blocks, w.width, some,
+            dot_bytes(w.data + at * w.width / 8, w.end, blocks, w.width, some,
                       (const int8_t *)table, x + b * padded, padded, sums);
             for (int i = 0; i < some; i++, b++) y[b * rows + row] = sums[i];
         }
