@@ -11,6 +11,10 @@
 /* Bytes from the first of eight indices that `eight_values` may touch. */
 #define REACH 8
 
+/* Bytes that packed indices are asked of memory in advance: rows follow each other without a gap,
+ * which the processor does not see soon enough (0.76 ms instead of 0.88 for 4096 x 4096 int8). */
+#define AHEAD 4096
+
 typedef struct {
     __m256i shifts, mask;
     __m256 low, high; /* values 0 … 7 and 8 … 15 */
@@ -173,6 +177,7 @@ INLINE void dot_nibbles_of(const uint8_t *data, int64_t blocks, int batch, const
     __m256i mask = _mm256_set1_epi8(15);
     for (int j = 0; j < lanes * batch; j++) total[j] = _mm256_setzero_ps();
     for (int64_t i = 0; i < blocks; i++) {
+        _mm_prefetch((const char *)(data + 32 * i + AHEAD), _MM_HINT_T0);
         __m256i both = _mm256_loadu_si256((const __m256i *)(data + 32 * i));
         for (int half = 0; half < 2; half++) {
             __m256i indices = half ? _mm256_srli_epi16(both, 4) : both;
@@ -263,73 +268,57 @@ INLINE void planes_of(const uint8_t *data, int width, __m256i *planes) {
         planes[plane] = _mm256_and_si256(_mm256_srli_epi16(all, plane * width), mask);
 }
 
-/* Add to sums[r, b] the products of one block of each row with each input's planes. */
-INLINE void dot_block_of(const uint8_t *const *data, int width, int rows, int batch,
-                         const __m256i *tables, const int8_t *input, int64_t stride,
-                         __m256i *sums) {
-    __m256i planes[MOST_ROWS][8], ones = _mm256_set1_epi16(1);
-    for (int r = 0; r < rows; r++) planes_of(data[r], width, planes[r]);
-    for (int plane = 0; plane < PLANES(width); plane++)
+/* Add to sums[b] the products of one block's bytes with each input's planes. */
+INLINE void dot_block_of(const uint8_t *data, int width, int batch, __m256i table,
+                         const int8_t *input, int64_t stride, __m256i *sums) {
+    __m256i planes[8], ones = _mm256_set1_epi16(1);
+    planes_of(data, width, planes);
+    for (int plane = 0; plane < PLANES(width); plane++) {
+        __m256i values = _mm256_shuffle_epi8(table, planes[plane]);
         for (int b = 0; b < batch; b++) {
             __m256i x = _mm256_loadu_si256((const __m256i *)(input + b * stride + 32 * plane));
-            __m256i size = _mm256_abs_epi8(x);
-            for (int r = 0; r < rows; r++) {
-                __m256i values = _mm256_shuffle_epi8(tables[r], planes[r][plane]);
-                /* |x| times the value with the sign of x: at most 2 x 127 x 127 in 16 bits. */
-                __m256i both = _mm256_maddubs_epi16(size, _mm256_sign_epi8(values, x));
-                __m256i *to = sums + r * batch + b;
-                *to = _mm256_add_epi32(*to, _mm256_madd_epi16(both, ones));
-            }
+            /* |x| times the value with the sign of x: at most 2 x 127 x 127 in 16 bits. */
+            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(values, x));
+            sums[b] = _mm256_add_epi32(sums[b], _mm256_madd_epi16(pairs, ones));
         }
+    }
 }
 
-INLINE void dot_bytes_of(const uint8_t *data, int64_t apart, const uint8_t *end, int64_t blocks,
-                         int width, int rows, int batch, const int8_t *table,
-                         const int8_t *input, int64_t stride, int32_t *sums) {
-    __m256i total[MOST_ROWS * MOST_BYTE_INPUTS], look[MOST_ROWS];
-    const uint8_t *at[MOST_ROWS];
-    for (int r = 0; r < rows; r++)
-        look[r] = _mm256_broadcastsi128_si256(
-            _mm_loadu_si128((const __m128i *)(table + 16 * r)));
-    for (int t = 0; t < rows * batch; t++) total[t] = _mm256_setzero_si256();
+INLINE void dot_bytes_of(const uint8_t *data, const uint8_t *end, int64_t blocks, int width,
+                         int batch, const int8_t *table, const int8_t *input, int64_t stride,
+                         int32_t *sums) {
+    __m256i total[MOST_BYTE_INPUTS];
+    __m256i look = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    for (int b = 0; b < batch; b++) total[b] = _mm256_setzero_si256();
     int64_t size = BLOCK_BYTES(width), step = 32 * PLANES(width), i = 0;
-    const uint8_t *last = data + (rows - 1) * apart;
-    for (; i < blocks && last + i * size + 32 <= end; i++) {
-        for (int r = 0; r < rows; r++) at[r] = data + r * apart + i * size;
-        dot_block_of(at, width, rows, batch, look, input + i * step, stride, total);
+    for (; i < blocks && data + i * size + 32 <= end; i++) {
+        _mm_prefetch((const char *)(data + i * size + AHEAD), _MM_HINT_T0);
+        dot_block_of(data + i * size, width, batch, look, input + i * step, stride, total);
     }
     for (; i < blocks; i++) { /* the last of all: what lies behind it is not ours */
-        uint8_t copy[MOST_ROWS][32] = {{0}};
-        for (int r = 0; r < rows; r++) {
-            int64_t left = end - (data + r * apart + i * size);
-            memcpy(copy[r], data + r * apart + i * size, left < 32 ? left : 32);
-            at[r] = copy[r];
-        }
-        dot_block_of(at, width, rows, batch, look, input + i * step, stride, total);
+        uint8_t copy[32] = {0};
+        memcpy(copy, data + i * size, end - data - i * size < 32 ? end - data - i * size : 32);
+        dot_block_of(copy, width, batch, look, input + i * step, stride, total);
     }
-    for (int t = 0; t < rows * batch; t++) {
+    for (int b = 0; b < batch; b++) {
         int32_t lanes[8];
-        _mm256_storeu_si256((__m256i *)lanes, total[t]);
-        sums[t] = 0;
-        for (int l = 0; l < 8; l++) sums[t] += lanes[l];
+        _mm256_storeu_si256((__m256i *)lanes, total[b]);
+        sums[b] = 0;
+        for (int l = 0; l < 8; l++) sums[b] += lanes[l];
     }
 }
 
-#define DOT_BYTES_OF(width, rows, batch)                                                         \
-    dot_bytes_of(data, apart, end, blocks, width, rows, batch, table, input, stride, sums)
 #define DOT_BYTES(width)                                                                         \
-    if (batch == 4) DOT_BYTES_OF(width, 1, 4);                                                   \
-    else if (batch == 2) DOT_BYTES_OF(width, 1, 2);                                              \
-    else if (rows == MOST_ROWS) DOT_BYTES_OF(width, MOST_ROWS, 1);                               \
-    else DOT_BYTES_OF(width, 1, 1);                                                              \
+    switch (batch) {                                                                             \
+    case 1: dot_bytes_of(data, end, blocks, width, 1, table, input, stride, sums); break;        \
+    case 2: dot_bytes_of(data, end, blocks, width, 2, table, input, stride, sums); break;        \
+    case 4: dot_bytes_of(data, end, blocks, width, 4, table, input, stride, sums); break;        \
+    }                                                                                            \
     break
 
-/* Write to sums (rows, batch) the products of rows, `apart` bytes from each other and with a table
- * of 16 values each, with inputs: several of one of the two at a time. */
-TARGET static void dot_bytes(const uint8_t *data, int64_t apart, const uint8_t *end,
-                             int64_t blocks, int width, int rows, int batch,
-                             const int8_t *table, const int8_t *input, int64_t stride,
-                             int32_t *sums) {
+TARGET static void dot_bytes(const uint8_t *data, const uint8_t *end, int64_t blocks, int width,
+                             int batch, const int8_t *table, const int8_t *input,
+                             int64_t stride, int32_t *sums) {
     switch (width) {
     case 1: DOT_BYTES(1);
     case 2: DOT_BYTES(2);

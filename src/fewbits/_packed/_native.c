@@ -20,7 +20,6 @@
 
 #define MOST_INPUTS 8      /* of one pass over a row's indices */
 #define MOST_BYTE_INPUTS 4 /* of the same with eight-bit arithmetic */
-#define MOST_ROWS 4        /* of one pass over a single eight-bit input */
 
 /* For eight-bit arithmetic a row's indices are cut into blocks, a block into planes of 32. */
 #define PLANES(width) ((width) == 3 ? 2 : 8 / (width))
@@ -260,7 +259,7 @@ static PyObject *arrange(PyObject *self, PyObject *args) {
 static PyObject *linear_bytes(PyObject *self, PyObject *args) {
     unsigned long long data, codebook, input, out;
     Py_ssize_t bytes, batch, columns, padded, rows, first, last;
-    char table[MOST_ROWS * 16] = {0};
+    char table[16] = {0};
     Weight w;
     if (!PyArg_ParseTuple(args, "KnKinnnKnnnKnnn", &data, &bytes, &codebook, &w.width, &w.k,
                           &w.groups, &w.run, &input, &batch, &columns, &padded, &out, &rows,
@@ -273,21 +272,16 @@ static PyObject *linear_bytes(PyObject *self, PyObject *args) {
     int32_t *y = (int32_t *)(uintptr_t)out;
     int64_t blocks = padded / (32 * PLANES(w.width));
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = first; row < last;) {
-        int count = batch == 1 && last - row >= MOST_ROWS ? MOST_ROWS : 1;
-        int64_t at = row * columns * w.width / 8;
-        for (int r = 0; r < count; r++)
-            fill_table(&w, (row + r) * columns, 1, table + 16 * r);
+    for (int64_t row = first; row < last; row++) {
+        int64_t at = row * columns;
+        if (row == first || w.groups > 1) fill_table(&w, at, 1, table);
         for (int64_t b = 0; b < batch;) {
             int some = power_of_two_below(batch - b, MOST_BYTE_INPUTS);
-            int32_t sums[MOST_ROWS * MOST_BYTE_INPUTS] = {0};
-            dot_bytes(w.data + at, columns * w.width / 8, w.end, blocks, w.width, count, some,
+            int32_t sums[MOST_BYTE_INPUTS];
+            dot_bytes(w.data + at * w.width / 8, w.end, blocks, w.width, some,
                       (const int8_t *)table, x + b * padded, padded, sums);
-            for (int r = 0; r < count; r++)
-                for (int i = 0; i < some; i++) y[(b + i) * rows + row + r] = sums[r * some + i];
-            b += some;
+            for (int i = 0; i < some; i++, b++) y[b * rows + row] = sums[i];
         }
-        row += count;
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
