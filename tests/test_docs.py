@@ -15,6 +15,7 @@ from fewbits.lab.compare import ROW_KEYS
 from fewbits.lab.config import Config, read_toml
 from fewbits.lab.methods import METHODS, REGULARIZERS
 from fewbits.lab.study import read_study
+from fewbits.report import study_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -174,6 +175,8 @@ def test_the_pages_of_results_are_what_their_data_files_say():
     assert {file.stem for file in files} >= {"digits", "vgg16", "alexnet"}
     for file in files:
         assert module.page(json.loads(file.read_text())) == file.with_suffix(".md").read_text()
+    for file in sorted((ROOT / "docs" / "results").glob("*/results.json")):
+        assert study_page(json.loads(file.read_text())) == (file.parent / "report.md").read_text()
     readme = (ROOT / "README.md").read_text()
     assert "| float32 |" in readme
     assert module.filled(readme) == readme

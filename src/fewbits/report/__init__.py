@@ -17,7 +17,7 @@ from ._tables import markdown as markdown
 from ._tables import text as text
 
 __all__ = [
-    "comparison", "markdown", "study_markdown", "study_text", "text", "write_report", "write_study",
+    "comparison", "markdown", "study_page", "study_text", "text", "write_report", "write_study",
 ]  # fmt: skip
 
 _ROW = (
@@ -74,15 +74,21 @@ def write_study(folder: Path, results: Mapping[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = {"results.json": json.dumps(results, indent=1) + "\n", "rows.csv": rows_csv(results)}
-    texts |= {"table.tex": latex(results), "report.md": study_markdown(results)}
-    for name, content in texts.items():
+    for name, content in (texts | {"table.tex": latex(results)}).items():
         write_atomically(folder / name, content.encode())
-    drawn = plots(results)
-    for name, (_, draw) in drawn.items():
+    for name, (_, draw) in plots(results).items():
         for suffix in ("svg", "pdf"):
             write_atomically(folder / f"{name}.{suffix}", draw(suffix))
-    shown = {f"{name}.svg": about for name, (about, _) in drawn.items()}
-    write_atomically(folder / "report.md", study_markdown(results, shown).encode())
+    write_atomically(folder / "report.md", study_page(results).encode())
+
+
+def study_page(results: Mapping[str, Any]) -> str:
+    """Return the page of a study in Markdown, with its plots as files beside it.
+
+    Raises:
+        FewbitsError: if matplotlib is not installed.
+    """
+    return study_markdown(results, {f"{n}.svg": about for n, (about, _) in plots(results).items()})
 
 
 def _load(path: Path) -> Any:
