@@ -180,6 +180,26 @@ def test_no_proximal_step_goes_past_a_representative(regularizer):
         assert not ((before - value) * (after - value) < -1e-12).any()
 
 
+@pytest.mark.parametrize("regularizer", [Nearest(1), Nearest(2), RateAware(0.1)])
+def test_a_pull_at_every_fourth_step_moves_as_far_as_four_pulls(regularizer):
+    moved = []
+    for every in (1, 4):
+        torch.manual_seed(0)
+        layer = nn.Linear(40, 40, bias=False).double()
+        pull = fewbits.Proximal(0.02, average=0.0, every=every)
+        clustering = fewbits.Clustering(
+            layer, k=4, regularizer=regularizer, pull=pull, snapped_forward=False
+        )
+        before = layer.weight.detach().clone()
+        for step in range(1, 9):
+            clustering.step()
+            still = torch.equal(parameter(layer, "weight").detach(), before)
+            assert still == (step < every)
+        moved.append(parameter(layer, "weight").detach())
+    # nearest-1 moves in standard deviations, which shrink a little on the way
+    torch.testing.assert_close(*moved, rtol=0.01 if regularizer != Nearest(2) else 1e-9, atol=1e-3)
+
+
 def test_without_gradients_representatives_move_to_their_clusters_means():
     weight = torch.tensor([[0.0, 1.0, 9.0, 10.0, 11.0]]).double()
     pull = fewbits.Proximal(1e-9, average=0.25)
@@ -370,6 +390,7 @@ def wrong(value) -> Any:
     (lambda: fewbits.Penalty({"0": -2.0}), r"strength is -2\.0"),
     (lambda: fewbits.Proximal(wrong("strong")), r"'strong' is neither a number nor a schedule"),
     (lambda: fewbits.Penalty(codebook_gradient=wrong("max")), r"codebook_gradient is 'max'"),
+    (lambda: fewbits.Proximal(every=0), r"every is 0\. Give a number of steps from 1"),
     (lambda: fewbits.Proximal(average=1.5), r"average is 1\.5\. Give a share from 0 to 1"),
 ])  # fmt: skip
 def test_impossible_pulls_are_refused(make, message):

@@ -222,22 +222,24 @@ class Attached:
         values = snap(self.view(), self.rows()[0], self.boundaries())
         return ungrouped(values, weight, self.planned.groups, self.planned.axis)
 
-    def move(self, regularizer: Regularizer, step: int, share: float) -> Tensor | None:
+    def move(
+        self, regularizer: Regularizer, step: int, strength: float, share: float
+    ) -> Tensor | None:
         """In place: give the weight one proximal step.
 
         Args:
             regularizer: the formula.
-            step: for the strength.
+            step: for the regularizer's own schedules.
+            strength: see `Proximal`; none where it is 0.
             share: of the way that representatives then move to their clusters' means.
 
         Returns:
             (G, K) members of each representative; None where there is no pull.
         """
-        amount = self.strength(step)
-        if amount <= 0 or not self.weight.requires_grad:
+        if strength <= 0 or not self.weight.requires_grad:
             return None
         pieces = self.pieces(step)
-        proximal_step(regularizer, pieces, amount)
+        proximal_step(regularizer, pieces, strength)
         self.write_view(self.weight.detach(), pieces.weight)
         codebook, order = self.rows()
         counts, sums = cluster_sums(self.view(), self.view(), self.boundaries())

@@ -344,17 +344,21 @@ class Clustering:
         return numbers
 
     def _apply_proximal(self, pull: Proximal) -> None:
+        if (self.steps + 1) % pull.every:
+            return
         for stack, strengths in self._stacked(self.steps):
             if strengths:
-                counts, left = stack.move(self._power, strengths)
+                together = [pull.together(strength, self._power) for strength in strengths]
+                counts, left = stack.move(self._power, together)
                 check_numbers(stack.layers, [left], self.steps)
                 stack.note_usage(counts, USAGE_MOMENTUM)
                 if not self.snapped_forward:
-                    stack.average(counts, left, pull.average)
+                    stack.average(counts, left, pull.share)
         if self._stacks is None:
-            share = 0.0 if self.snapped_forward else pull.average
+            share = 0.0 if self.snapped_forward else pull.share
             for layer in self._layers:
-                counts = layer.move(self.regularizer, self.steps, share)
+                strength = pull.together(layer.strength(self.steps), self.regularizer.power)
+                counts = layer.move(self.regularizer, self.steps, strength, share)
                 if counts is not None:
                     layer.note_usage(counts, USAGE_MOMENTUM)
 

@@ -77,17 +77,37 @@ class Proximal:
         codebook_gradient: as in `Penalty`; used where the forward pass is snapped.
         average: without the snapped forward no gradient reaches a representative; it moves this
             share of the way to its cluster's mean at every step.
+        every: apply the pull at every so many steps only, and then as strongly as all of them
+            together: the pass over the weights is spared in between.
     """
 
     strength: Strength = 0.01
     codebook_gradient: CodebookGradient = "mean"
     average: float = 0.1
+    every: int = 1
 
     def __post_init__(self):
-        """Refuse negative strengths, unknown words and averages outside 0 … 1."""
+        """Refuse negative strengths, unknown words, and averages and steps out of range."""
         _check(self.strength, self.codebook_gradient)
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise PlanError(f"Proximal: every is {self.every!r}. Give a number of steps from 1.")
         if not 0 <= self.average <= 1:
             raise PlanError(f"Proximal: average is {self.average!r}. Give a share from 0 to 1.")
+
+    def together(self, strength: float, power: int | None) -> float:
+        """Return the strength of one pull that moves a weight as far as `every` pulls do.
+
+        Args:
+            strength: of each of them.
+            power: of the distance that pulls: at 1 the ways add up, at 2 what is left of the way
+                is multiplied by 1 / (1 + a) each time.
+        """
+        return self.every * strength if power == 1 else (1 + strength) ** self.every - 1
+
+    @property
+    def share(self) -> float:
+        """The share of the way to its cluster's mean that a representative moves at one pull."""
+        return 1 - (1 - self.average) ** self.every
 
 
 def reduce_codebook_gradient(gradient: Tensor, counts: Tensor, how: CodebookGradient) -> Tensor:

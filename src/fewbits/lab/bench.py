@@ -66,7 +66,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _in_turn(one: Callable[[], object], other: Callable[[], object], pairs: int) -> Row:
+def in_turn(one: Callable[[], object], other: Callable[[], object], pairs: int) -> Row:
     """Return the median ratio of the second to the first, quartiles, and the median seconds."""
     for work in (one, other):
         work()  # the first time allocates
@@ -135,7 +135,7 @@ def _variants(
         for k in sizes:
             network = fresh()
             clustered = Stepper(network, attach(network, k))
-            figures = _in_turn(
+            figures = in_turn(
                 lambda: plain.step(inputs, labels),
                 lambda clustered=clustered: clustered.step(inputs, labels),
                 pairs,
@@ -180,7 +180,7 @@ def peers(model: str, batch: int, k: int, pairs: int, names: Iterable[str] = PEE
             rows.append(about | {"what": f"{about['what']}: {error}"})
             continue
         first = _seconds(lambda stepper=stepper: stepper.step(images, labels))
-        figures = _in_turn(
+        figures = in_turn(
             lambda: plain.step(images, labels),
             lambda stepper=stepper: stepper.step(images, labels),
             pairs,
@@ -234,10 +234,10 @@ def passes(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
                 backend.measure_all([weight], codebook, None, 2)
                 backend.pull_all([gradient], [weight], codebook, None, 2, factor)
 
-            rows.append({"what": f"penalty, {name}", "k": k, **_in_turn(once, penalty, pairs)})
+            rows.append({"what": f"penalty, {name}", "k": k, **in_turn(once, penalty, pairs)})
     for k in sizes:
         codebook = initial_codebook(weight, k, "quantile")
-        figures = _in_turn(
+        figures = in_turn(
             once, lambda codebook=codebook: naive_penalty(weight, gradient, codebook), pairs
         )
         rows.append({"what": "penalty, bucketize and scatter", "k": k, **figures})
