@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._codebook import grouped, ungrouped
 from ._errors import CodebookError, PlanError
+from ._finetune import batch_norms, only_training
 from ._plan import Plan, PlannedWeight, carried_out, check_k, unwrapped
 from ._plan import plan as make_plan
 from ._quantize import quantized_values
@@ -214,20 +215,16 @@ def _mean_loss(
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Evaluate with the batch's own normalization, as after re-estimation; nothing is changed."""
-    modes = {module: module.training for module in model.modules()}
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracked = {norm: norm.track_running_stats for norm in norms}
-    try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.track_running_stats = False
-        yield
-    finally:
-        for norm, before in tracked.items():
-            norm.track_running_stats = before
-        for module, training in modes.items():
-            module.training = training
+    norms = batch_norms(model)
+    tracked = [norm.track_running_stats for norm in norms]
+    with only_training(model, norms):
+        try:
+            for norm in norms:
+                norm.track_running_stats = False
+            yield
+        finally:
+            for norm, before in zip(norms, tracked, strict=True):
+                norm.track_running_stats = before
 
 
 def _most(planned: PlannedWeight) -> int:

@@ -149,15 +149,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     Raises:
         PlanError: if there is no batch; the statistics are then unchanged.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats]
+    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
     if not norms:
         return 0
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
         raise PlanError("reestimate_batch_norm: there is no batch. Pass a few training batches.")
-    with _only_training(model, norms):
+    with only_training(model, norms):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the cumulative average
@@ -166,8 +165,13 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     return len(norms)
 
 
+def batch_norms(model: nn.Module) -> list[Any]:
+    """Return the batch-norm layers of a model."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
-def _only_training(model: nn.Module, norms: list[Any]) -> Iterator[None]:
+def only_training(model: nn.Module, norms: list[Any]) -> Iterator[None]:
     """Put `norms` in training mode, everything else in evaluation mode, and undo it after."""
     modes = {module: module.training for module in model.modules()}
     momentums = [norm.momentum for norm in norms]
