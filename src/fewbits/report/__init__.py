@@ -76,10 +76,11 @@ def write_study(folder: Path, results: Mapping[str, Any]) -> None:
     texts = {"results.json": json.dumps(results, indent=1) + "\n", "rows.csv": rows_csv(results)}
     for name, content in (texts | {"table.tex": latex(results)}).items():
         write_atomically(folder / name, content.encode())
-    for name, (_, draw) in plots(results).items():
+    drawn = plots(results)
+    for name, (_, draw) in drawn.items():
         for suffix in ("svg", "pdf"):
             write_atomically(folder / f"{name}.{suffix}", draw(suffix))
-    write_atomically(folder / "report.md", study_page(results).encode())
+    write_atomically(folder / "report.md", _page_with(results, drawn).encode())
 
 
 def study_page(results: Mapping[str, Any]) -> str:
@@ -88,7 +89,11 @@ def study_page(results: Mapping[str, Any]) -> str:
     Raises:
         FewbitsError: if matplotlib is not installed.
     """
-    return study_markdown(results, {f"{n}.svg": about for n, (about, _) in plots(results).items()})
+    return _page_with(results, plots(results))
+
+
+def _page_with(results: Mapping[str, Any], drawn: Mapping[str, tuple[str, Any]]) -> str:
+    return study_markdown(results, {f"{name}.svg": about for name, (about, _) in drawn.items()})
 
 
 def _load(path: Path) -> Any:

@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._tables import COLUMNS, cell, columns_of, mean_and_sd
+from ._tables import cell, columns_of, comparison, float_entry
 
 # The axes that make another network of it, or another task; the rest are options of a method.
 TASK = (
     "data", "model", "width", "epochs", "batch_size", "lr", "weight_decay", "train_images",
     "image_size", "finetune_epochs", "finetune_lr",
 )  # fmt: skip
-_MEASURED = tuple(column.key for column in COLUMNS if column.key != "n")
 
 Results = Mapping[str, Any]
 Entry = dict[str, Any]
@@ -50,35 +49,22 @@ def entries(results: Results, task: Mapping[str, Any]) -> list[Entry]:
     """
     options = options_of(results)
     rows = [r for r in results["rows"] if all(r[name] == value for name, value in task.items())]
-    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((label(row, results), row["k"]), []).append(row)
-    found = []
-    for (name, k), members in groups.items():
-        entry = {"label": name, "method": members[0]["method"], "k": k, "n": len(members)}
-        entry |= {option: members[0][option] for option in options}
-        for key in _MEASURED:
-            values = [row[key] for row in members if row.get(key) is not None]
-            entry[key], entry[f"{key}_sd"] = mean_and_sd(values)
-        found.append(entry)
-    found.sort(key=lambda entry: (-entry["k"], entry["accuracy"]))
+    if not rows:
+        return []
+    # A label stands where a comparison has the method alone.
+    labels = {label(row, results): row for row in reversed(rows)}
+    found = comparison([row | {"method": label(row, results)} for row in rows])
     for entry in found:
-        rivals = [e["accuracy"] for e in found if e["k"] == entry["k"]]
-        entry["best"] = len(rivals) > 1 and entry["accuracy"] == max(rivals)
-    return [_float(rows), *found] if rows else []
+        first = labels[entry["method"]]
+        entry |= {"label": entry["method"]} | {o: first[o] for o in ("method", *options)}
+    found.sort(key=lambda entry: (-entry["k"], entry["accuracy"]))
+    reference = float_entry(rows)
+    return [reference | {"label": "float", "bytes": rows[0]["float_bytes"]}, *found]
 
 
 def options_of(results: Results) -> list[str]:
     """Return the axes that are options of a method."""
     return [axis for axis in results["axes"] if axis not in TASK]
-
-
-def _float(rows: Sequence[Mapping[str, Any]]) -> Entry:
-    accuracies = {row["seed"]: row["float_accuracy"] for row in rows}
-    entry: Entry = dict.fromkeys((*_MEASURED, *(f"{key}_sd" for key in _MEASURED)))
-    entry["accuracy"], entry["accuracy_sd"] = mean_and_sd(list(accuracies.values()))
-    about = {"label": "float", "method": "float", "k": None, "n": len(accuracies), "best": False}
-    return entry | about | {"bits_fixed": 32, "ratio": 1.0, "bytes": rows[0]["float_bytes"]}
 
 
 def heading(results: Results, task: Mapping[str, Any]) -> str:
