@@ -93,7 +93,7 @@ def _prepared(file: Path, how: dict[str, Any]) -> tuple[Any, Any]:
     """Return the model with the file's weights, and inputs to compare on."""
     import torch
 
-    from ._file import load
+    from ._loading import load
     from .lab import data as lab_data
     from .lab.models import build
 

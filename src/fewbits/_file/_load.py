@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,8 +31,6 @@ from ._format import (
     parse,
 )
 from ._parallel import Progress, check_threads, in_order
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class Reader:
@@ -155,22 +153,6 @@ def reading(path: Path) -> Iterator[Reader]:
         raise FileError(f"{path}: needs more memory than there is.") from error
 
 
-@overload
-def load(
-    path: str | os.PathLike[str],
-    *,
-    into: None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Tensor]: ...
-@overload
-def load(
-    path: str | os.PathLike[str],
-    *,
-    into: Model,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> Model: ...
 def load(
     path: str | os.PathLike[str],
     *,

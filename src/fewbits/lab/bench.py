@@ -80,6 +80,16 @@ def in_turn(one: Callable[[], object], other: Callable[[], object], pairs: int) 
     }
 
 
+def _task(model: str, batch: int) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
+    """Return what builds the network, always the same, with random 32 x 32 images and labels."""
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return build(model, classes=10, shape=(3, 32, 32))
+
+    return fresh, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+
+
 def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]:
     """Measure training steps with clustering over plain ones, on random 32 x 32 images.
 
@@ -92,12 +102,7 @@ def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]
     Returns:
         a row for each variant and K: what, k, ratio, low, high, seconds.
     """
-
-    def fresh() -> nn.Module:
-        torch.manual_seed(0)
-        return build(model, classes=10, shape=(3, 32, 32))
-
-    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    fresh, images, labels = _task(model, batch)
     return _variants(fresh, images, labels, sizes, pairs, f"{model}, batch {batch}")
 
 
@@ -157,12 +162,7 @@ def peers(model: str, batch: int, k: int, pairs: int, names: Iterable[str] = PEE
     Returns:
         a row for each: what, k, ratio, low, high, seconds, first (seconds of the first step).
     """
-
-    def fresh() -> nn.Module:
-        torch.manual_seed(0)
-        return build(model, classes=10, shape=(3, 32, 32))
-
-    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    fresh, images, labels = _task(model, batch)
     plain = Stepper(fresh(), None)
     rows = []
     for name in ("penalty", *names):
