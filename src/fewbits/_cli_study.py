@@ -51,9 +51,11 @@ def study(file: Path, out: Path | None, **options: Any) -> None:
 def _open(folder: Path, file: Path) -> None:
     """Make the folder, or refuse one that holds something else."""
     from ._file import write_atomically
+    from .lab._folder import is_vacant
 
     kept = folder / "study.toml"
-    if folder.exists() and not kept.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # In this order: what another process writes first, once it is not vacant, is this file.
+    if not is_vacant(folder) and not kept.exists():
         raise FileError(f"{folder}: holds no study (no study.toml). Choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

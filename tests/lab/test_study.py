@@ -289,15 +289,14 @@ def test_processes_share_the_cells_and_one_that_is_killed_loses_nothing(finished
     first = three.stderr.readline()  # it has done a cell, and is at the next
     three.send_signal(signal.SIGKILL)
     said = [one.communicate()[1], two.communicate()[1]]
-    three.communicate()
+    killed = first + three.communicate()[1]  # maybe it got further before the signal came
     assert [one.returncode, two.returncode] == [0, 0], said
-    by_one, by_two = (
+    by_one, by_two, by_three = (
         {line.partition("] ")[2].partition(":")[0] for line in text.splitlines() if "] " in line}
-        for text in said
+        for text in (*said, killed)
     )
     assert by_one and by_two and not by_one & by_two, said
-    names = by_one | by_two | {first.partition("] ")[2].partition(":")[0]}
-    assert len(names) == 12, (first, said)
+    assert len(by_one | by_two | by_three) == 12, (killed, said)
     last = json.loads(study(tmp_path, "--report", "--json").stdout)
     assert rows_of(last) == rows_of(results)
 

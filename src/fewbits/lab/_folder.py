@@ -96,6 +96,13 @@ def load_state(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder is missing, empty, or holds no more than a run that just begins there."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(_HALF_WRITTEN.fullmatch(f.name) for f in folder.iterdir())
+
+
 def check(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that a new run must not take.
 
@@ -107,10 +114,7 @@ def check(folder: Path, *, overwrite: bool) -> None:
         FileError: if it is a file, holds a run and may not be overwritten, or holds something
             else than a run.
     """
-    # All there is when a run was killed as it began.
-    if not folder.exists() or (
-        folder.is_dir() and all(_HALF_WRITTEN.fullmatch(f.name) for f in folder.iterdir())
-    ):
+    if is_vacant(folder):
         return
     if not overwrite:
         raise FileError(
