@@ -13,14 +13,6 @@ from torch import nn
 import fewbits
 from fewbits.regularizers import Nearest, Periodic, RateAware
 
-REDUCTIONS = ["sum", "mean", "sqrt"]
-
-
-def reduced(total, members, how):
-    """What is asked of a sum over `members` weights."""
-    divisor = {"sum": 1, "mean": members, "sqrt": members.sqrt()}[how]
-    return total / divisor
-
 
 def attached(weight, codebook, granularity: Any = "layer", **settings_):
     """A float64 Linear of that weight, clustered on that codebook (in any order)."""
@@ -53,10 +45,10 @@ def members_of(weight, codebook):
 
 
 @settings(max_examples=60)
-@given(cases(), st.sampled_from(REDUCTIONS))
-def test_the_penaltys_gradient_of_a_representative_is_exact(case, how):
+@given(cases(), st.booleans())
+def test_the_penaltys_gradient_of_a_representative_is_exact_or_the_mean_of_members(case, even):
     weight, codebook, granularity = case
-    pull = fewbits.Penalty(0.7, codebook_gradient=how)
+    pull = fewbits.Penalty(0.7, even_rate=even)
     layer, clustering = attached(weight, codebook, granularity, pull=pull, snapped_forward=False)
     clustering.loss().backward()
     free = codebook.clone().requires_grad_()
@@ -64,17 +56,18 @@ def test_the_penaltys_gradient_of_a_representative_is_exact(case, how):
     chosen = (member * (free if free.dim() == 2 else free[None])[:, None, :]).sum(2)
     (0.7 * ((view - chosen) / weight.std(correction=0)).square().mean()).backward()
     counts = member.sum(1).clamp(min=1).view_as(codebook)
-    expected = reduced(gradient(free), counts, how)
+    expected = gradient(free)
+    if even:
+        expected = expected * weight.numel() * weight.var(correction=0) / counts
     found = gradient(parameter(layer, "weight_codebook"))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)  # float64 sums of 200
 
 
 @settings(max_examples=60)
-@given(cases(), st.sampled_from(REDUCTIONS))
-def test_the_snapped_forwards_gradients_are_exact(case, how):
+@given(cases())
+def test_the_snapped_forwards_gradients_are_straight_through_and_summed_over_members(case):
     weight, codebook, granularity = case
-    pull = fewbits.Penalty(0.0, codebook_gradient=how)
-    layer, _ = attached(weight, codebook, granularity, pull=pull)
+    layer, _ = attached(weight, codebook, granularity, pull=None)
     inputs = torch.randn(7, weight.shape[1]).double()
     output = layer(inputs)
     output.square().sum().backward()
@@ -87,7 +80,7 @@ def test_the_snapped_forwards_gradients_are_exact(case, how):
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradient(parameter(layer, "weight")), gradient(snapped))
     total = (member * gradient(snapped).reshape(member.shape[:2])[:, :, None]).sum(1)
-    expected = reduced(total, member.sum(1).clamp(min=1), how).view_as(codebook)
+    expected = (total / member.sum(1).clamp(min=1).sqrt()).view_as(codebook)
     found = gradient(parameter(layer, "weight_codebook"))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)  # gradients of size 10^2
 
@@ -146,9 +139,7 @@ def test_the_compiler_is_told_the_truth_about_the_snapped_read(axis, layout):
     codebook = torch.randn(weight.shape[axis], 2, requires_grad=True)
     # Shapes, strides and aliasing of the operator against those it promises.
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.fewbits.snap, (weight, codebook, None, axis, "mean"), test_utils=tests
-    )
+    torch.library.opcheck(torch.ops.fewbits.snap, (weight, codebook, None, axis), test_utils=tests)
 
 
 def test_weights_reach_their_representatives_and_stay():
@@ -215,7 +206,7 @@ def test_even_rate_moves_small_and_large_layers_by_the_same_share():
     small, large = nn.Linear(4, 4), nn.Linear(200, 100)
     large.weight.data.mul_(7)
     model = nn.Sequential(small, large).double()
-    pull = fewbits.Penalty(0.05, even_rate=True)
+    pull = fewbits.Penalty(0.05)
     clustering = fewbits.Clustering(model, k=2, pull=pull, snapped_forward=False)
     clustering.loss().backward()
     for layer in (small, large):
@@ -227,8 +218,8 @@ def test_even_rate_moves_small_and_large_layers_by_the_same_share():
 
 
 def test_a_penalty_without_even_rate_is_the_mean_of_the_formula():
-    model = two_layers().double()
-    clustering = fewbits.Clustering(model, k=3, pull=fewbits.Penalty(2.0), snapped_forward=False)
+    model, pull = two_layers().double(), fewbits.Penalty(2.0, even_rate=False)
+    clustering = fewbits.Clustering(model, k=3, pull=pull, snapped_forward=False)
     state = {name: p.detach() for name, p in model.named_parameters()}
     pairs = [
         (state[f"{i}.weight"].view(1, -1), state[f"{i}.weight_codebook"][None]) for i in (0, 2)
@@ -389,7 +380,6 @@ def wrong(value) -> Any:
     (lambda: fewbits.Penalty(float("nan")), r"nan"),
     (lambda: fewbits.Penalty({"0": -2.0}), r"strength is -2\.0"),
     (lambda: fewbits.Proximal(wrong("strong")), r"'strong' is neither a number nor a schedule"),
-    (lambda: fewbits.Penalty(codebook_gradient=wrong("max")), r"codebook_gradient is 'max'"),
     (lambda: fewbits.Proximal(every=0), r"every is 0\. Give a number of steps from 1"),
     (lambda: fewbits.Proximal(average=1.5), r"average is 1\.5\. Give a share from 0 to 1"),
 ])  # fmt: skip

@@ -11,8 +11,8 @@ import fewbits
 from fewbits.regularizers import Nearest
 
 PULLS = [
-    fewbits.Penalty(0.3),
-    fewbits.Penalty(0.01, codebook_gradient="sum", even_rate=True),
+    fewbits.Penalty(0.3, even_rate=False),
+    fewbits.Penalty(0.01),
     fewbits.Proximal(0.1),
 ]
 OVERRIDES = {

@@ -105,10 +105,9 @@ class Clustering:
         for planned in self.plan.selected:
             view = grouped(weights[planned.name].detach(), planned.groups, planned.axis)
             codebooks.append(self.regularizer.project(initial_codebook(view, planned.k, init)))
-        how = pull.codebook_gradient if pull else "mean"
         self._layers: list[Attached] = []
         for planned, codebook in zip(self.plan.selected, codebooks, strict=True):
-            switch = Switch(False, planned.axis, how)
+            switch = Switch(False, planned.axis)
             strength = strengths[planned.name]
             layer = Attached(self.model, planned, codebook, self.regularizer, strength, switch)
             switch.active = snapped_forward and layer.start == 0

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ._attach import Attached
 from ._kernels import pull_all
-from ._pull import Penalty, add_weight_gradient, evaluate, reduce_codebook_gradient
+from ._pull import Penalty, add_weight_gradient, evaluate
 from ._sharded import mean_gradients
 from ._stack import Stack
 from .regularizers import Regularizer
@@ -115,11 +115,9 @@ class LayerTerm:
             return
         self.layer = attached.pieces(step)
         value, self.counts, found = evaluate(regularizer, self.layer)
-        members = regularizer.members(self.counts)
-        found["codebook"] = reduce_codebook_gradient(
-            found["codebook"], members, pull.codebook_gradient
-        )
         if pull.even_rate:
+            members = regularizer.members(self.counts).clamp(min=1)
+            found["codebook"] = found["codebook"] / members
             strength = strength * self.layer.weight.numel() * self.layer.std.square()
         self.strength = strength
         _, order = attached.rows()
@@ -175,7 +173,8 @@ class StackTerm:
         self.values = found.totals * factors
         self.factors = power * factors
         to_codebook = found.sums * -self.factors[stack.row_layer, None]
-        to_codebook = reduce_codebook_gradient(to_codebook, found.counts, pull.codebook_gradient)
+        if pull.even_rate:
+            to_codebook = to_codebook / found.counts.clamp(min=1)
         self.gradient = stack.in_own_order(to_codebook, order)
 
     def note_usage(self, momentum: float) -> None:

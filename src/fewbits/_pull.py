@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,21 +23,18 @@ from ._kernels import (
 from .regularizers import LayerState, Regularizer
 from .schedules import Schedule, as_schedule
 
-CodebookGradient = Literal["mean", "sqrt", "sum"]
 Strength = float | Schedule | Mapping[str, float | Schedule]
 
 # Elements of weights x representatives in one piece for regularizers that compare all: 4 MB.
 COMPARED = 1 << 20
 
 
-def _check(strength: Strength, codebook_gradient: str) -> None:
+def _check(strength: Strength) -> None:
     values = strength.values() if isinstance(strength, Mapping) else [strength]
     for value in values:
         schedule = as_schedule(value)
         if not all(math.isfinite(v) and v >= 0 for v in (schedule.begin, schedule.end)):
             raise PlanError(f"strength is {value!r}. Give a finite number, 0 or more.")
-    if codebook_gradient not in ("mean", "sqrt", "sum"):
-        raise PlanError(f"codebook_gradient is {codebook_gradient!r}. Use 'mean', 'sqrt' or 'sum'.")
 
 
 @dataclass(frozen=True)
@@ -48,22 +44,19 @@ class Penalty:
     Attributes:
         strength: λ: a number, a schedule, or either per layer as {glob on the weight's name: …},
             where the last match wins and a weight that matches nothing gets no pull.
-        codebook_gradient: what a representative gets from its members' gradients: their "mean",
-            so that it moves as its members would; their "sum", the exact gradient; or the sum
-            over the square root of their number, "sqrt".
-        even_rate: multiply each layer's R by the sum of its squared deviations, N s². Then under
-            SGD the weights of every layer move at one rate: with nearest-2, 2 x learning rate x
-            strength of the way to their representative a step. Without it R is a mean, as in
-            the paper's form, and a weight of a large layer hardly feels it.
+        even_rate: multiply each layer's R by N s², the sum of its squared deviations, and give a
+            representative the mean of its members' gradients. Then under SGD the weights of every
+            layer, and the representatives, move at one rate: with nearest-2, 2 x learning rate x
+            strength of the way to their representative a step. Without it R is a mean, as in the
+            paper's form, and all gradients are exact; a weight of a large layer hardly feels it.
     """
 
-    strength: Strength = 1.0
-    codebook_gradient: CodebookGradient = "mean"
-    even_rate: bool = False
+    strength: Strength = 0.01
+    even_rate: bool = True
 
     def __post_init__(self):
-        """Refuse negative strengths and unknown words."""
-        _check(self.strength, self.codebook_gradient)
+        """Refuse negative strengths."""
+        _check(self.strength)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,6 @@ class Proximal:
         strength: the pull per step: nearest-2 moves a weight the share a / (1 + a) of the way,
             nearest-1 moves it by a standard deviations and stops on arrival. Not multiplied by
             the learning rate. A number, a schedule, or either per layer, as in `Penalty`.
-        codebook_gradient: as in `Penalty`; used where the forward pass is snapped.
         average: without the snapped forward no gradient reaches a representative; it moves this
             share of the way to its cluster's mean at every step.
         every: apply the pull at every so many steps only, and then as strongly as all of them
@@ -82,13 +74,12 @@ class Proximal:
     """
 
     strength: Strength = 0.01
-    codebook_gradient: CodebookGradient = "mean"
     average: float = 0.1
     every: int = 1
 
     def __post_init__(self):
-        """Refuse negative strengths, unknown words, and averages and steps out of range."""
-        _check(self.strength, self.codebook_gradient)
+        """Refuse negative strengths, and averages and steps out of range."""
+        _check(self.strength)
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise PlanError(f"Proximal: every is {self.every!r}. Give a number of steps from 1.")
         if not 0 <= self.average <= 1:
@@ -108,23 +99,6 @@ class Proximal:
     def share(self) -> float:
         """The share of the way to its cluster's mean that a representative moves at one pull."""
         return 1 - (1 - self.average) ** self.every
-
-
-def reduce_codebook_gradient(gradient: Tensor, counts: Tensor, how: CodebookGradient) -> Tensor:
-    """Turn the exact gradient of each representative, a sum over members, into what was asked.
-
-    Args:
-        gradient: (G, K) exact gradient.
-        counts: (G, K) members of each.
-        how: "sum" leaves it, "mean" divides by the members, "sqrt" by their square root.
-
-    Returns:
-        (G, K).
-    """
-    if how == "sum":
-        return gradient
-    members = counts.clamp(min=1).to(gradient.dtype)
-    return gradient / (members if how == "mean" else members.sqrt())
 
 
 @dataclass(frozen=True)

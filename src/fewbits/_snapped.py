@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
 from ._kernels import cluster_sums, compute_dtype, snap
 from ._plan import CODEBOOK_SUFFIX
-from ._pull import reduce_codebook_gradient
 from ._sharded import is_sharded
 
 # Where a layer keeps its switches while it is attached; plain Python attribute, not a parameter.
@@ -25,12 +24,10 @@ class Switch:
         axis: channel axis of the groups.
         cost: (G, K) added to the squared distance when assigning, by rising representative, in
             squared units of the weights; None for plain nearest.
-        codebook_gradient: "mean", "sqrt" or "sum".
     """
 
     active: bool
     axis: int
-    codebook_gradient: str
     cost: Tensor | None = None
 
 
@@ -45,12 +42,13 @@ def _forward(
 
 
 def _codebook_gradient(
-    gradient: Tensor, weight: Tensor, order: Tensor, boundaries: Tensor, axis: int, how: str
+    gradient: Tensor, weight: Tensor, order: Tensor, boundaries: Tensor, axis: int
 ) -> Tensor:
     """Return the (G, K) gradient of the codebook in its own order, float64."""
     view, values = (grouped_like(t, weight, len(order), axis) for t in (weight, gradient))
     counts, sums = cluster_sums(values, view, boundaries)
-    reduced = reduce_codebook_gradient(sums, counts, how)  # pyright: ignore[reportArgumentType]
+    # Members whose gradients differ at random move their representative as far as themselves.
+    reduced = sums / counts.clamp(min=1).to(sums.dtype).sqrt()
     return torch.empty_like(reduced).scatter_(1, order, reduced)
 
 
@@ -62,7 +60,7 @@ class _Snap(torch.autograd.Function):
         rows = codebook if codebook.dim() == 2 else codebook[None]
         snapped, ctx.order, ctx.boundaries = _forward(weight, rows, switch.cost, switch.axis)
         ctx.save_for_backward(weight, codebook)
-        ctx.axis, ctx.how = switch.axis, switch.codebook_gradient
+        ctx.axis = switch.axis
         return snapped
 
     @staticmethod
@@ -74,51 +72,49 @@ class _Snap(torch.autograd.Function):
         to_codebook = None
         if ctx.needs_input_grad[1]:
             # Indices are searched again rather than kept: a nanosecond a weight against a byte.
-            found = _codebook_gradient(
-                gradient, weight, ctx.order, ctx.boundaries, ctx.axis, ctx.how
-            )
+            found = _codebook_gradient(gradient, weight, ctx.order, ctx.boundaries, ctx.axis)
             to_codebook = found.to(codebook.dtype).view_as(codebook)
         return gradient, to_codebook, None
 
 
 # Custom operators, so that torch.compile sees one opaque call and never unrolls the pieces.
 @torch.library.custom_op("fewbits::snap", mutates_args=())
-def _snap(weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str) -> Tensor:
+def _snap(weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int) -> Tensor:
     values, _, _ = _forward(weight, codebook, cost, axis)
     # The strides that the fake below promises; a copy only where channels are not the first axis.
     return values if values.stride() == weight.stride() else torch.empty_like(weight).copy_(values)
 
 
 @_snap.register_fake
-def _(weight, codebook, cost, axis, how):
+def _(weight, codebook, cost, axis):
     return torch.empty_like(weight)
 
 
 @torch.library.custom_op("fewbits::snap_codebook_gradient", mutates_args=())
 def _snap_codebook_gradient(
-    gradient: Tensor, weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int, how: str
+    gradient: Tensor, weight: Tensor, codebook: Tensor, cost: Tensor | None, axis: int
 ) -> Tensor:
     ordered, order = codebook.to(compute_dtype(codebook)).sort(dim=1)
     boundaries = boundaries_of(ordered, cost)
-    return _codebook_gradient(gradient, weight, order, boundaries, axis, how).to(codebook.dtype)
+    return _codebook_gradient(gradient, weight, order, boundaries, axis).to(codebook.dtype)
 
 
 @_snap_codebook_gradient.register_fake
-def _(gradient, weight, codebook, cost, axis, how):
+def _(gradient, weight, codebook, cost, axis):
     return torch.empty_like(codebook)
 
 
 def _keep(ctx, inputs, output):
-    weight, codebook, cost, ctx.axis, ctx.how = inputs
+    weight, codebook, cost, ctx.axis = inputs
     ctx.save_for_backward(weight, codebook, cost)
 
 
 def _straight_through(ctx, gradient):
     weight, codebook, cost = ctx.saved_tensors
     to_codebook = torch.ops.fewbits.snap_codebook_gradient(
-        gradient, weight, codebook, cost, ctx.axis, ctx.how
+        gradient, weight, codebook, cost, ctx.axis
     )
-    return gradient, to_codebook, None, None, None
+    return gradient, to_codebook, None, None
 
 
 _snap.register_autograd(_straight_through, setup_context=_keep)
@@ -130,18 +126,19 @@ def snap_through(weight: Tensor, codebook: Tensor, switch: Switch) -> Tensor:
     Args:
         weight: any shape, floating point.
         codebook: (K,) or (G, K), in any order.
-        switch: granularity, assignment cost and the reduction of the codebook's gradient.
+        switch: granularity and assignment cost.
 
     Returns:
         Same shape and dtype as `weight`.
 
     References:
-        docs/method.md, eq. 11: the gradient of a representative is the sum of its members'.
+        docs/method.md, eq. 11: the gradient of a representative is the sum of its members', over
+        the square root of their number.
     """
     if _ordinary(weight):
         return _Snap.apply(weight, codebook, switch)
     rows = codebook if codebook.dim() == 2 else codebook[None]
-    return torch.ops.fewbits.snap(weight, rows, switch.cost, switch.axis, switch.codebook_gradient)
+    return torch.ops.fewbits.snap(weight, rows, switch.cost, switch.axis)
 
 
 def _ordinary(weight: Tensor) -> bool:

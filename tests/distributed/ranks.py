@@ -22,7 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "penalty": {"pull": fewbits.Penalty(0.5), "snapped_forward": False},
     "penalty, snapped": {"pull": fewbits.Penalty(0.5)},
     "penalty, power 1, even rate": {
-        "pull": fewbits.Penalty(0.002, even_rate=True),
+        "pull": fewbits.Penalty(0.002),
         "regularizer": Nearest(1),
         "plan": {"0": GROUPS | {"k": 5}, "2": {"granularity": "channel"}},
     },

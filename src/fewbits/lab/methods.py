@@ -82,24 +82,24 @@ def _attach(
 
 def _penalty(model: nn.Module, recipe: Recipe) -> Clustering:
     ramp = schedules.cubic(0.0, 30.0 * recipe.strength, steps=int(0.8 * recipe.steps))
-    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=False)
+    return _attach(model, recipe, Penalty(ramp), snapped_forward=False)
 
 
 def _penalty_scratch(model: nn.Module, recipe: Recipe) -> Clustering:
     start = int(0.3 * recipe.steps)
     ramp = schedules.cubic(0.0, 30.0 * recipe.strength, start=start, steps=recipe.steps // 2)
-    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=False)
+    return _attach(model, recipe, Penalty(ramp), snapped_forward=False)
 
 
 def _penalty_snapped(model: nn.Module, recipe: Recipe) -> Clustering:
     ramp = schedules.cubic(0.0, 0.05 * recipe.strength, steps=recipe.steps)
-    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=True)
+    return _attach(model, recipe, Penalty(ramp), snapped_forward=True)
 
 
 def _penalty_late(model: nn.Module, recipe: Recipe) -> Clustering:
     start = recipe.steps // 2
     ramp = schedules.cubic(0.0, 0.05 * recipe.strength, start=start, steps=recipe.steps - start)
-    return _attach(model, recipe, Penalty(ramp, even_rate=True), snapped_forward=True)
+    return _attach(model, recipe, Penalty(ramp), snapped_forward=True)
 
 
 def _proximal(model: nn.Module, recipe: Recipe) -> Clustering:
