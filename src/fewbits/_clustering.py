@@ -26,6 +26,9 @@ from .regularizers import Nearest, Regularizer
 CARE_EVERY = 50
 # Weight of the past in the running usage: about the last ten steps count.
 USAGE_MOMENTUM = 0.9
+# Of representatives, unless asked for: under SGD with momentum 0.9 a small network without batch
+# norm diverged at 1 bit above 0.05.
+HIGHEST_CODEBOOK_LR = 0.01
 
 
 class Clustering:
@@ -211,7 +214,9 @@ class Clustering:
         Args:
             lr: learning rate of the model's parameters.
             weight_decay: weight decay of the model's parameters; representatives get none.
-            codebook_lr: learning rate of the representatives; `lr` if not given.
+            codebook_lr: learning rate of the representatives; if not given, `lr`, but 0.01 at most:
+                a representative moves for all its weights at once, and a network without batch
+                norm diverges at rates that suit single weights.
 
         Returns:
             [{"params": …, "lr": …, "weight_decay": …}, the same for the codebooks].
@@ -221,7 +226,7 @@ class Clustering:
         own = [p for layer in self._layers for p in layer.own_parameters()]
         ours = {id(p) for p in own}
         rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
-        codebook_lr = lr if codebook_lr is None else codebook_lr
+        codebook_lr = min(lr, HIGHEST_CODEBOOK_LR) if codebook_lr is None else codebook_lr
         return [
             {"params": rest, "lr": lr, "weight_decay": weight_decay},
             {"params": own, "lr": codebook_lr, "weight_decay": 0.0},

@@ -51,7 +51,7 @@ class Penalty:
             paper's form, and all gradients are exact; a weight of a large layer hardly feels it.
     """
 
-    strength: Strength = 0.01
+    strength: Strength = 0.003
     even_rate: bool = True
 
     def __post_init__(self):

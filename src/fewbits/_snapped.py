@@ -132,8 +132,7 @@ def snap_through(weight: Tensor, codebook: Tensor, switch: Switch) -> Tensor:
         Same shape and dtype as `weight`.
 
     References:
-        docs/method.md, eq. 11: the gradient of a representative is the sum of its members', over
-        the square root of their number.
+        docs/method.md, eqs. 11 and 12: what of the sum over its members a representative gets.
     """
     if _ordinary(weight):
         return _Snap.apply(weight, codebook, switch)
