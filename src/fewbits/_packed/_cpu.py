@@ -141,9 +141,7 @@ def _products(
 
     def work(first: int, last: int) -> None:
         first, last = TALL * first, min(TALL * last, rows)
-        _native.products(
-            *weight, panels.data_ptr(), count, columns, result.data_ptr(), first, last
-        )
+        _native.products(*weight, panels.data_ptr(), count, columns, result.data_ptr(), first, last)
 
     _spread(work, -(-rows // TALL), rows * columns)
     return result

@@ -24,7 +24,6 @@ _made = _cpu or _eager
 COMPILED = _cpu is not None and _cpu.SIMD
 
 
-
 def convolution_pays(images: int, size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """See `_cpu.convolution_pays`."""
     return _cpu is not None and COMPILED and _cpu.convolution_pays(images, size, shape)
