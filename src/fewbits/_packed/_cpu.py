@@ -180,8 +180,7 @@ def _linear_by_panels(
 def convolution_pays(images: int, size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether `convolve` is faster than torch's convolution with the decoded weight.
 
-    Laying out what the positions read takes its time for each output channel, decoding for each
-    position. Small weights want neither a large temporary nor its decoding.
+    Laying out what the positions read pays by the output channels, decoding by the positions.
 
     Args:
         images: how many.
@@ -189,8 +188,8 @@ def convolution_pays(images: int, size: tuple[int, ...], shape: tuple[int, ...])
         shape: of the weight.
     """
     positions = math.prod(size)
-    floats = positions * math.prod(shape[1:])
-    return floats <= 1 << 16 or (floats <= MOST_PANELS and images * positions <= 2 * shape[0])
+    few = images * positions <= 2 * shape[0]
+    return few and positions * math.prod(shape[1:]) <= MOST_PANELS
 
 
 def convolve(
@@ -221,14 +220,13 @@ def convolve(
         return result.transpose(1, 2).reshape(images, rows, *size)
     padded = torch.nn.functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0]))
     padded = padded.contiguous().resolve_neg()
-    result = inputs.new_empty(images, rows, positions)
-    some = max(1, MOST_PANELS // (positions * columns))
+    some, parts = max(1, MOST_PANELS // (positions * columns)), []
     for start in range(0, images, some):
         part = padded[start : start + some]
         panels = _patches(part, shape[2:], stride, dilation, size)
         product = _products(packed, codebook, (rows, columns), panels, len(part) * positions)
-        result[start : start + some] = product.view(rows, -1, positions).transpose(0, 1)
-    return result.view(images, rows, *size)
+        parts.append(product.view(rows, len(part), *size).transpose(0, 1))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
 def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
