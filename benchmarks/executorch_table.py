@@ -69,8 +69,8 @@ def main() -> None:
     """Print the table."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    print(f"executorch {metadata.version('executorch')}, torch {torch.__version__}\\n")
-    print("| layer | weight | bytes | one example, ms |\\n|---|---|---:|---:|")
+    print(f"executorch {metadata.version('executorch')}, torch {torch.__version__}\n")
+    print("| layer | weight | bytes | one example, ms |\n|---|---|---:|---:|")
     cases = {
         "linear, 1024 x 1024": ((1024, 1024), (1, 1024)),
         "convolution, 128 x 128 x 3 x 3 on 16 x 16": ((128, 128, 3, 3), (1, 128, 16, 16)),

@@ -38,11 +38,11 @@ class Transformer(nn.Module):
 # Name: data, steps, and the network for images of a shape.
 NETWORKS: dict[str, tuple[str, int, Callable[[tuple[int, ...]], nn.Module]]] = {
     "convnet": ("digits", 100, lambda shape: build("convnet", classes=10, shape=shape)),
-    "transformer": ("digits", 60, lambda shape: Transformer(shape[-1], 10)),
+    "transformer": ("digits", 30, lambda shape: Transformer(shape[-1], 10)),
     "resnet18": (
         "cifar10", 60, lambda shape: build("torchvision:resnet18", classes=10, shape=shape)
     ),
-    "vgg16": ("cifar10", 20, lambda shape: build("vgg16", classes=10, shape=shape)),
+    "vgg16": ("cifar10", 10, lambda shape: build("vgg16", classes=10, shape=shape)),
 }  # fmt: skip
 
 
