@@ -35,7 +35,6 @@ FORMS: dict[str, tuple[str, str]] = {
     "torch, dense": ("torch.pt", ""),
     "torch, compressed": ("model.fewbits", "_fewbits"),
     "torch, compressed, int8 activations": ("model.fewbits", "_fewbits"),
-    "torch, its dynamic int8": ("dynamic.pt", "_torch_int8"),
     "onnx, dense": ("dense.onnx", "_onnx"),
     "onnx, indices": ("indices.onnx", "_onnx"),
     "onnx, indices, not folded": ("indices.onnx", "_onnx"),
@@ -59,11 +58,6 @@ FORMS: dict[str, tuple[str, str]] = {
 
 def _fewbits(model: nn.Module, images: Tensor, at: Path) -> None:
     fewbits.save(model, at / "model.fewbits", coder="packed")
-
-
-def _torch_int8(model: nn.Module, images: Tensor, at: Path) -> None:
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
-    torch.save(quantized, at / "dynamic.pt")
 
 
 def _onnx(model: nn.Module, images: Tensor, at: Path) -> None:
