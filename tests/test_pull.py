@@ -137,9 +137,11 @@ def test_the_proximal_step_minimizes_its_definition(case, p, amount):
 def test_the_compiler_is_told_the_truth_about_the_snapped_read(axis, layout):
     weight = torch.randn(4, 3, 2, 2).contiguous(memory_format=layout).requires_grad_()
     codebook = torch.randn(weight.shape[axis], 2, requires_grad=True)
-    # Shapes, strides and aliasing of the operator against those it promises.
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fewbits.snap, (weight, codebook, None, axis), test_utils=tests)
+    # Shapes, strides and aliasing of the operators against those they promise, and both in a graph.
+    torch.library.opcheck(torch.ops.fewbits.snap, (weight, codebook, None, axis))
+    gradient = torch.randn_like(weight)
+    given = gradient, weight.detach(), codebook.detach(), None, axis
+    torch.library.opcheck(torch.ops.fewbits.snap_codebook_gradient, given)
 
 
 def test_weights_reach_their_representatives_and_stay():

@@ -12,7 +12,7 @@ from ._cli_files import _debug, _overwrite, _say_sizes
 from ._errors import FileError, PlanError
 
 _PATH = click.Path(path_type=Path)
-_TARGETS = ("onnx", "openvino", "coreml", "safetensors")
+_TARGETS = ("onnx", "openvino", "coreml", "executorch", "safetensors")
 # Inputs for a check without data: enough that one differing example in fifty shows.
 _RANDOM_EXAMPLES = 64
 
@@ -75,14 +75,9 @@ def export(file: Path, target: str, output: Path, overwrite: bool, **how: Any) -
     model, inputs = _prepared(file, how)
     from . import export as targets
 
-    if target == "coreml":
-        result = targets.coreml(model, output, example_inputs=inputs, overwrite=overwrite)
-    else:
-        write = targets.onnx if target == "onnx" else targets.openvino
-        result = write(
-            model, output, example_inputs=inputs, overwrite=overwrite,
-            weights="dense" if how["dense"] else "indices",
-        )  # fmt: skip
+    more = {"weights": "dense"} if how["dense"] else {}
+    write = getattr(targets, target)
+    result = write(model, output, example_inputs=inputs, overwrite=overwrite, **more)
     if how["as_json"]:
         print(json.dumps(dataclasses.asdict(result) | {"path": str(result.path)}, indent=1))
     else:

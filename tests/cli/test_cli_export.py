@@ -60,6 +60,7 @@ def test_safetensors_needs_no_model(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("arguments", "code", "said"), [
     (EXPORT, 1, "--input-shape 3x32x32, or --check-data"),
     (EXPORT[:-2], 1, "--model"),
+    (("export", "m.fewbits", "--to", "executorch", "-o", "x", "--dense"), 1, "not for executorch"),
     ((*EXPORT, "--input-shape", "8x8"), 2, "no shape like 3x32x32"),
     ((*EXPORT, "--input-shape", "1x8x0"), 2, "1 or more"),
     ((*EXPORT, "--input-shape", "3x8x8", "--check-data", "digits"), 1, "are 1x8x8. Leave it out"),

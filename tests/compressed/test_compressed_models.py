@@ -163,6 +163,8 @@ def test_compiled_without_a_graph_break():
     inputs = torch.randn(2, 4, 7)
     assert torch._dynamo.explain(packed)(inputs).graph_break_count == 0
     close(compiled(packed)(inputs), dense(inputs))
+    _, convolution = both(nn.Sequential(nn.Conv2d(4, 8, 3)))
+    assert torch._dynamo.explain(convolution)(torch.randn(2, 4, 7, 7)).graph_break_count == 0
 
 
 def test_compiled_gradient_reaches_the_inputs():

@@ -65,7 +65,7 @@ def test_any_span_decodes_to_its_values(made, given, dtype, cut):
 
 @backend
 @settings(max_examples=120)
-@given(given=weights(), batch=st.integers(0, 19))
+@given(given=weights(), batch=st.one_of(st.integers(0, 19), st.sampled_from([32, 33, 80])))
 def test_a_product_is_that_of_the_dense_weight(made, given, batch):
     packed, dense = example(*given)
     inputs = torch.randn(batch, dense.shape[1])
@@ -75,6 +75,45 @@ def test_a_product_is_that_of_the_dense_weight(made, given, batch):
     bound = dense.shape[1] * 2.0**-23 * (inputs.double().abs() @ dense.double().abs().t())
     assert result.shape == expected.shape and result.dtype == torch.float32
     assert ((result - expected).abs() <= bound).all()
+
+
+@st.composite
+def convolutions(draw):
+    """Shape of a weight, images that it fits, number of values and of codebooks, and how."""
+    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    shape = draw(st.integers(1, 14)), draw(st.sampled_from([1, 3, 8, 64])), *kernel
+    how = [draw(st.tuples(st.integers(low, 2), st.integers(low, 2))) for low in (1, 0, 1)]
+    size = [how[2][i] * (kernel[i] - 1) + 1 + draw(st.integers(0, 6)) for i in range(2)]
+    groups = draw(st.sampled_from([1, shape[0]]))
+    k = draw(st.sampled_from([2, 3, 16, 17, 100, 256, 257]))
+    return shape, (draw(st.integers(1, 3)), shape[1], *size), k, groups, how
+
+
+@backend
+@settings(max_examples=150)
+@given(given=convolutions())
+def test_a_convolution_is_that_of_the_dense_weight(made, given):
+    shape, images, k, groups, how = given
+    packed, dense = example(shape, k, groups, 0)
+    inputs = torch.randn(images)
+    result = made.convolve(inputs, packed.indices, packed.codebook, shape, 0, *how)
+    expected = torch.conv2d(inputs.double(), dense.double(), None, *how)
+    whole = torch.conv2d(inputs.double().abs(), dense.double().abs(), None, *how)
+    assert result.shape == expected.shape and result.dtype == torch.float32
+    assert ((result - expected).abs() <= math.prod(shape[1:]) * 2.0**-23 * whole).all()
+
+
+@compiled
+def test_many_inputs_are_computed_in_parts(monkeypatch):
+    assert _cpu is not None
+    packed, dense = example((7, 6, 3, 3), 16, 1, 0)
+    images, how = torch.randn(5, 6, 9, 9), [(1, 1), (1, 1), (1, 1)]
+    flat, rows = packed.indices, torch.randn(150, 54)
+    whole = _cpu.convolve(images, flat, packed.codebook, (7, 6, 3, 3), 0, *how)
+    product = _cpu.linear(rows, flat, packed.codebook, 7, 0)
+    monkeypatch.setattr(_cpu, "MOST_PANELS", 54 * 81)  # one image, 64 inputs at a time
+    assert torch.equal(_cpu.convolve(images, flat, packed.codebook, dense.shape, 0, *how), whole)
+    assert torch.equal(_cpu.linear(rows, flat, packed.codebook, 7, 0), product)
 
 
 @backend
@@ -156,9 +195,12 @@ def test_the_number_of_threads_shows_in_no_bit(threads):
     bytes_book = _eager.to_bytes(packed.codebook)[0]
     before = _cpu.linear(inputs, packed.indices, packed.codebook, 301, 0)
     sums = _cpu.linear_bytes(integers, packed.indices, bytes_book, 301, 0)
+    many = torch.randn(20, 1024)
+    panels = _cpu.linear(many, packed.indices, packed.codebook, 301, 0)
     torch.set_num_threads(threads)
     after = _cpu.linear(inputs, packed.indices, packed.codebook, 301, 0)
     assert torch.equal(after, before)
+    assert torch.equal(_cpu.linear(many, packed.indices, packed.codebook, 301, 0), panels)
     assert torch.equal(_cpu.linear_bytes(integers, packed.indices, bytes_book, 301, 0), sums)
     assert torch.equal(packed(), dense)
 

@@ -60,6 +60,20 @@ class Signals(nn.Module):
         return self.out(self.lstm(y)[0][:, -1])
 
 
+class Odd(nn.Linear):
+    """With an operator that no target has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(torch.special.bessel_j0(input))
+
+
+class Fixed(nn.Linear):
+    """For four examples, never more or less."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.view(4, 97))
+
+
 @torch.no_grad()
 def snap_all(model: nn.Module, k: int) -> nn.Module:
     """In place: put every weight of two or more axes on k values, whatever its layer."""

@@ -74,29 +74,26 @@ def test_float16_rounds_the_tables(tmp_path):
     assert result.weights[0].stored == "constexpr_lut_to_dense, indices of 4 bits"
 
 
-class Odd(nn.Linear):
-    def forward(self, input):
-        return super().forward(torch.special.bessel_j0(input))
-
-
 @pytest.mark.parametrize(("make", "name", "how", "said"), [
     (lambda: models.quantized(nn.Linear(97, 96), 300), "m.mlpackage", {}, "weight: has 300 values"),
     (lambda: models.quantized(nn.Linear(97, 96), 4), "m", {}, "must end in .mlpackage"),
-    (lambda: models.quantized(nn.Linear(97, 96), 4), "m.mlpackage", {"batch": 3}, "batch is 3"),
+    (lambda: models.quantized(nn.Linear(97, 96), 4), "m.mlpackage", {"batch": 5}, "batch is 5"),
     (lambda: models.quantized(nn.Linear(97, 96), 4), "m.mlpackage", {"precision": "int8"},
      "precision is 'int8'"),
-    (lambda: models.quantized(Odd(97, 96), 4), "m.mlpackage", {}, "bessel_j0"),
+    (lambda: models.quantized(nn.Sequential(nn.Linear(97, 97), models.Odd(97, 96)), 4),
+     "m.mlpackage", {}, "lacks the operator special_bessel_j0, of layer 1: compute"),
+    (lambda: models.quantized(models.Fixed(97, 96), 4), "m.mlpackage", {}, "give that as batch="),
     (lambda: nn.Linear(97, 96), "m.mlpackage", {}, "no weight of the model has few values"),
 ])  # fmt: skip
 def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, name, how, said):
     with pytest.raises(fewbits.FewbitsError, match=said):
-        export.coreml(make(), tmp_path / name, example_inputs=torch.randn(2, 97), **how)
+        export.coreml(make(), tmp_path / name, example_inputs=torch.randn(4, 97), **how)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_operator_that_coremltools_lacks_is_named(tmp_path):
     model = models.snap_all(models.Signals(), 4)
-    with pytest.raises(fewbits.FewbitsError, match="cannot convert the model: .* lstm"):
+    with pytest.raises(fewbits.FewbitsError, match="cannot convert .*lstm, of layer lstm: "):
         export.coreml(model, tmp_path / "m.mlpackage", example_inputs=torch.randn(1, 3, 10))
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,5 @@
 """ONNX files against PyTorch: the same outputs, the same weights, few bytes, or a refusal."""
 
-import sys
 from pathlib import Path
 
 import models
@@ -184,11 +183,6 @@ def attached() -> nn.Module:
     return model
 
 
-class Fixed(nn.Linear):
-    def forward(self, input):
-        return super().forward(input.view(4, 97))
-
-
 @pytest.mark.parametrize(("make", "how", "said"), [
     (attached, {}, "weight is attached to a Clustering still. Call harden()"),
     (lambda: nn.Linear(97, 96), {}, "no weight of the model has few values. Harden it"),
@@ -196,8 +190,10 @@ class Fixed(nn.Linear):
     (lambda: layer(4), {"example_inputs": ()}, "example_inputs must be a tensor"),
     (lambda: layer(4), {"weights": "int4"}, "weights is 'int4'. Use one of"),
     (lambda: layer(4), {"tolerance": -1.0}, "differ from PyTorch's by"),
-    (lambda: models.quantized(Fixed(97, 96), 4), {"example_inputs": torch.randn(4, 97)},
+    (lambda: models.quantized(models.Fixed(97, 96), 4), {"example_inputs": torch.randn(4, 97)},
      "use dynamic_batch=False"),
+    (lambda: models.quantized(nn.Sequential(nn.Linear(97, 97), models.Odd(97, 96)), 4), {},
+     "lacks the operator special_bessel_j0, of layer 1"),
     (lambda: {"weight": torch.zeros(2)}, {}, "dict is no torch module"),
 ])  # fmt: skip
 def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, how, said):
@@ -210,7 +206,7 @@ def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, how, said)
 
 
 def test_a_fixed_batch_is_exported_as_one(tmp_path):
-    model = models.quantized(Fixed(97, 96), 4)
+    model = models.quantized(models.Fixed(97, 96), 4)
     result = export.onnx(
         model, tmp_path / "m.onnx", example_inputs=torch.randn(4, 97), dynamic_batch=False
     )
@@ -227,9 +223,3 @@ def test_an_earlier_file_stays_unless_overwritten(tmp_path):
     assert path.read_bytes() == b"mine"
     export.onnx(layer(4), path, example_inputs=torch.randn(2, 97), overwrite=True)
     assert path.read_bytes() != b"mine"
-
-
-def test_a_missing_runtime_is_named_with_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(fewbits.FewbitsError, match=r"onnxruntime.*pip install 'fewbits\[onnx\]'"):
-        export.onnx(layer(4), tmp_path / "m.onnx", example_inputs=torch.randn(2, 97))

@@ -50,6 +50,18 @@ def test_refusals_leave_nothing_and_earlier_files_stay(tmp_path):
         export.openvino(model, tmp_path / "m.xml", example_inputs=inputs, tolerance=-1)
     with pytest.raises(fewbits.PlanError, match="no weight of the model has few values"):
         export.openvino(nn.Linear(97, 96), tmp_path / "m.xml", example_inputs=inputs)
+    with pytest.raises(fewbits.PlanError, match="use dynamic_batch=False"):
+        fixed = models.quantized(models.Fixed(97, 96), 4)
+        export.openvino(fixed, tmp_path / "m.xml", example_inputs=torch.randn(4, 97))
+    with pytest.raises(fewbits.PlanError, match="lacks the operator special_bessel_j0, of layer 1"):
+        odd = models.quantized(nn.Sequential(nn.Linear(97, 97), models.Odd(97, 96)), 4)
+        export.openvino(odd, tmp_path / "m.xml", example_inputs=inputs)
+    with pytest.raises(fewbits.PlanError, match="weights is 'affine'"):
+        export.openvino(model, tmp_path / "m.xml", example_inputs=inputs, weights="affine")  # pyright: ignore
+    with pytest.raises(fewbits.PlanError, match=r"attached to a Clustering .* Call harden\(\)"):
+        attached = nn.Linear(97, 96)
+        fewbits.Clustering(attached, k=4)
+        export.openvino(attached, tmp_path / "m.xml", example_inputs=inputs)
     assert not list(tmp_path.iterdir())
     (tmp_path / "m.bin").write_bytes(b"mine")
     with pytest.raises(fewbits.FileError, match="m.bin: exists already"):

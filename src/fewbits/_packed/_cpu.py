@@ -6,8 +6,9 @@ order.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,10 +18,14 @@ from . import _eager, _native  # pyright: ignore[reportAttributeAccessIssue]  # 
 
 # Below this many weights a second thread costs more than it takes over.
 ALONE = 1 << 18
-# More inputs than this, for indices of up to 4 bits and of more, go through a block of decoded rows
-# and torch's own product: 4096 x 4096 weights take 12.2 ms against 13.6 for 16 inputs at 4 bits,
-# 12.2 against 16.5 for 8 at 8 bits, 25.0 against 17.3 for 16.
+# Up to so many inputs, for indices of up to 4 bits and of more, are multiplied one by one; more lie
+# side by side in panels: 4096 x 4096 weights take 6.2 ms for 8 inputs at 4 bits, 8.1 in panels;
+# 6.5 against 6.8 for 1 at 8 bits, 8.6 against 6.8 for 4.
+FEW, FEW_WIDE = 8, 1
+# Where panels cannot be (codebooks along the inputs): more than this go through decoded rows.
 MOST_INPUTS, MOST_INPUTS_WIDE = 16, 8
+# Inputs of a panel, rows that are multiplied with one at a time, floats of all panels at a time.
+PANEL, TALL, MOST_PANELS = 16, 6, 1 << 19
 
 _workers: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
@@ -98,12 +103,16 @@ def linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: in
     if not (
         SIMD
         and 1 <= width <= 8
-        and 1 <= batch <= (MOST_INPUTS if width <= 4 else MOST_INPUTS_WIDE)
-        and rows * columns
+        and batch * rows * columns
         and _on_cpu(inputs, packed, codebook)
         and inputs.dtype == codebook.dtype == torch.float32
     ):
         return _eager.linear_by(decode, inputs, packed, codebook, rows, axis)
+    even = axis == 0 or len(codebook) == 1
+    few = (FEW, FEW_WIDE) if even else (MOST_INPUTS, MOST_INPUTS_WIDE)
+    if batch > few[width > 4]:
+        by_panels = _linear_by_panels if even else partial(_eager.linear_by, decode)
+        return by_panels(inputs, packed, codebook, rows, axis)
     weight = _weight(packed, codebook, (rows, columns), axis)
     result = inputs.new_empty(batch, rows)
     arranged = None
@@ -120,6 +129,104 @@ def linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: in
 
     _spread(work, rows, rows * columns)
     return result
+
+
+def _products(
+    packed: Tensor, codebook: Tensor, shape: tuple[int, int], panels: Tensor, count: int
+) -> Tensor:
+    """Return a weight, whose codebooks run along its rows, times panels, as (rows, count)."""
+    rows, columns = shape
+    weight = _weight(packed, codebook, shape, 0)
+    result = panels.new_empty(rows, count)
+
+    def work(first: int, last: int) -> None:
+        first, last = TALL * first, min(TALL * last, rows)
+        _native.products(*weight, panels.data_ptr(), count, columns, result.data_ptr(), first, last)
+
+    _spread(work, -(-rows // TALL), rows * columns)
+    return result
+
+
+def _patches(
+    images: Tensor, kernel: tuple[int, ...], stride: Sequence[int], dilation: Sequence[int],
+    size: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """Return what each position of a convolution reads of padded images (N, C, H, W), as panels.
+
+    The panels are (ceil(N x positions / PANEL), C x kernel, PANEL).
+    """
+    positions, columns = len(images) * math.prod(size), images.shape[1] * math.prod(kernel)
+    panels = images.new_empty(-(-positions // PANEL), columns, PANEL)
+    _native.patches(
+        images.data_ptr(), *images.shape, *kernel, *stride, *dilation, *size, panels.data_ptr()
+    )
+    return panels
+
+
+def _linear_by_panels(
+    inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int
+) -> Tensor:
+    batch, columns = inputs.shape
+    result = inputs.new_empty(batch, rows)
+    some = max(4 * PANEL, MOST_PANELS // columns // PANEL * PANEL)
+    for start in range(0, batch, some):
+        part = inputs[start : start + some]
+        panels = _patches(part[:, :, None, None], (1, 1), (1, 1), (1, 1), (1, 1))
+        product = _products(packed, codebook, (rows, columns), panels, len(part))
+        result[start : start + some] = product.t()
+    return result
+
+
+def convolution_pays(images: int, size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether `convolve` is faster than torch's convolution with the decoded weight.
+
+    Laying out what the positions read pays by the output channels, decoding by the positions.
+
+    Args:
+        images: how many.
+        size: height and width of the output.
+        shape: of the weight.
+    """
+    positions = math.prod(size)
+    few = images * positions <= 2 * shape[0]
+    return few and positions * math.prod(shape[1:]) <= MOST_PANELS
+
+
+def convolve(
+    inputs: Tensor, packed: Tensor, codebook: Tensor, shape: tuple[int, ...], axis: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """See `_eager.convolve`."""
+    images, size = len(inputs), _eager.output_size(inputs.shape, shape, stride, padding, dilation)
+    width = _eager.width_of(codebook)
+    if not (
+        SIMD
+        and 1 <= width <= 8
+        and images * math.prod(size) * math.prod(shape)
+        and (axis == 0 or len(codebook) == 1)
+        and _on_cpu(packed, codebook)
+        and inputs.device.type == "cpu"
+        and inputs.dtype == codebook.dtype == torch.float32
+    ):
+        weight = decode(packed, codebook, shape, axis, (0, math.prod(shape))).view(shape)
+        return torch.conv2d(inputs, weight, None, stride, padding, dilation)
+    positions, rows, columns = math.prod(size), shape[0], math.prod(shape[1:])
+    if images * positions <= (FEW if width <= 4 else FEW_WIDE):
+        patches = torch.nn.functional.unfold(
+            inputs, shape[2:], tuple(dilation), tuple(padding), tuple(stride)
+        )
+        patches = patches.transpose(1, 2).reshape(-1, columns).contiguous()
+        result = linear(patches, packed, codebook, rows, axis).view(images, positions, rows)
+        return result.transpose(1, 2).reshape(images, rows, *size)
+    padded = torch.nn.functional.pad(inputs, (padding[1], padding[1], padding[0], padding[0]))
+    padded = padded.contiguous().resolve_neg()
+    some, parts = max(1, MOST_PANELS // (positions * columns)), []
+    for start in range(0, images, some):
+        part = padded[start : start + some]
+        panels = _patches(part, shape[2:], stride, dilation, size)
+        product = _products(packed, codebook, (rows, columns), panels, len(part) * positions)
+        parts.append(product.view(rows, len(part), *size).transpose(0, 1))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
 def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,9 @@ Indices lie one after the other in row-major order of the weight, each in `width
 lowest bit of the first byte on, as in the file: eight of them take `width` bytes.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -127,6 +130,48 @@ def linear_by(
         decoder(packed, codebook, (rows, columns), axis, span, weight)
         torch.mm(weight.view(-1, columns), turned, out=result[start:stop])
     return result.t().contiguous()
+
+
+def output_size(
+    inputs: Sequence[int], shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:  # fmt: skip
+    """Return height and width of a convolution's output.
+
+    Args:
+        inputs: the shape (N, C, H, W) of what is convolved.
+        shape: of the weight.
+        stride: along height and width, and so the rest.
+        padding: with zeros on both sides.
+        dilation: of the kernel.
+    """
+    return tuple(
+        (inputs[2 + i] + 2 * padding[i] - dilation[i] * (shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+
+
+def convolve(
+    inputs: Tensor, packed: Tensor, codebook: Tensor, shape: tuple[int, ...], axis: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Return images convolved with a weight (in one group, without a bias).
+
+    Args:
+        inputs: (N, C, H, W), like `codebook`.
+        packed: as for `decode`.
+        codebook: (G, K) floating point.
+        shape: of the weight, four axes.
+        axis: which axis the G codebooks run along.
+        stride: along height and width, and so the rest.
+        padding: with zeros on both sides.
+        dilation: of the kernel.
+
+    Returns:
+        (N, shape[0], height, width) like `inputs`.
+    """
+    weight = decode(packed, codebook, shape, axis, (0, math.prod(shape))).view(shape)
+    return torch.conv2d(inputs, weight, None, stride, padding, dilation)
 
 
 def take(

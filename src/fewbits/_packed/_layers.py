@@ -5,7 +5,6 @@ moves into a `PackedWeight` below it. `layer.weight` decodes, so that whatever r
 dense weight; nothing keeps it.
 """
 
-import math
 from typing import Any, Literal
 
 import numpy as np
@@ -101,53 +100,36 @@ def _embedding(layer: Any, input: Tensor) -> Tensor:
 
 
 def _convolution(layer: Any, input: Tensor) -> Tensor:
-    if _has_few_positions(layer, input):
-        return _by_positions(layer, input)
-    return layer._conv_forward(input, layer.weight, layer.bias)
+    weight = layer.packed_weight
+    if not _convolves_packed(layer, weight, input):
+        return layer._conv_forward(input, layer.weight, layer.bias)
+    output = _operators.convolve(
+        input, weight.indices, weight.codebook, weight.shape, weight.axis, layer.stride,
+        layer.padding, layer.dilation,
+    )  # fmt: skip
+    return output if layer.bias is None else output + layer.bias[:, None, None]
 
 
-def _positions(layer: Any, input: Tensor) -> list[int]:
-    """Return height and width of a convolution's output."""
-    return [
-        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        for size, pad, dilation, kernel, stride in zip(
-            input.shape[2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride,
-            strict=True,
-        )
-    ]  # fmt: skip
-
-
-def _few(bits: int) -> int:
-    """Return how many outputs of a convolution are faster singly, as products with each patch.
-
-    With 512 channels of 3 x 3 on both sides; see docs/results/compressed.md.
-    """
-    return 16 if bits <= 4 else 4
-
-
-def _has_few_positions(layer: Any, input: Tensor) -> bool:
-    """Whether a convolution is faster as a product with each patch, without decoding it all."""
-    return (
-        _operators.COMPILED
-        and input.dim() == 4
+def _convolves_packed(layer: Any, weight: PackedWeight, input: Tensor) -> bool:
+    """Whether a convolution is computed from the indices, without its dense weight."""
+    codebook = weight.codebook
+    if not (
+        input.dim() == 4
         and input.device.type == "cpu"
-        and input.dtype == layer.packed_weight.codebook.dtype == torch.float32
+        and input.dtype == codebook.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
+        and not (codebook.requires_grad and torch.is_grad_enabled())
+        and (len(codebook) == 1 or weight.axis == 0)
         and layer.groups == 1
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
-        and 1 <= math.prod(_positions(layer, input)) * len(input) <= _few(layer.packed_weight.bits)
+        and input.shape[1] == weight.shape[1]
+    ):
+        return False
+    size = _eager.output_size(
+        input.shape, weight.shape, layer.stride, layer.padding, layer.dilation
     )
-
-
-def _by_positions(layer: Any, input: Tensor) -> Tensor:
-    patches = nn.functional.unfold(
-        input, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-    )
-    output = layer.packed_weight.linear(patches.transpose(1, 2))
-    if layer.bias is not None:
-        output = output + layer.bias
-    return output.transpose(1, 2).reshape(len(input), -1, *_positions(layer, input))
+    return min(size) > 0 and _operators.convolution_pays(len(input), size, weight.shape)
 
 
 def _linear_repr(layer: Any) -> str:

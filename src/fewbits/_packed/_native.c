@@ -212,6 +212,8 @@ static PyObject *linear(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+#include "_panels.h"
+
 /* to_bytes(values, rows, columns, out, factors): see `_eager.to_bytes`. */
 static PyObject *to_bytes(PyObject *self, PyObject *args) {
     unsigned long long values, out, factors;
@@ -304,6 +306,8 @@ static PyMethodDef methods[] = {
 #if HAS_AVX2
     {"arrange_floats", arrange_floats, METH_VARARGS, NULL},
     {"linear", linear, METH_VARARGS, NULL},
+    {"products", products, METH_VARARGS, NULL},
+    {"patches", patches, METH_VARARGS, NULL},
     {"to_bytes", to_bytes, METH_VARARGS, NULL},
     {"arrange", arrange, METH_VARARGS, NULL},
     {"linear_bytes", linear_bytes, METH_VARARGS, NULL},

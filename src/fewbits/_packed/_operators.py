@@ -20,8 +20,14 @@ except ImportError:
     _cpu = None
 
 _made = _cpu or _eager
-# Whether products with few inputs are faster than decoding the weight.
+# Whether products and convolutions from the indices are faster than decoding the weight.
 COMPILED = _cpu is not None and _cpu.SIMD
+
+
+def convolution_pays(images: int, size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """See `_cpu.convolution_pays`."""
+    return _cpu is not None and COMPILED and _cpu.convolution_pays(images, size, shape)
+
 
 # Not `torch.library.custom_op`, whose first call imports the compiler: 70 MB of memory.
 _LIBRARY = torch.library.Library("fewbits", "FRAGMENT")
@@ -74,6 +80,19 @@ def _linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, ax
     return result.view(*inputs.shape[:-1], rows)
 
 
+def _convolve(
+    inputs: Tensor, packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Return images (N, C, H, W) convolved with a weight of a shape."""
+    return _made.convolve(inputs, packed, codebook, tuple(shape), axis, stride, padding, dilation)
+
+
+def _fake_convolve(inputs, packed, codebook, shape, axis, stride, padding, dilation) -> Tensor:
+    size = _eager.output_size(inputs.shape, shape, stride, padding, dilation)
+    return inputs.new_empty(inputs.shape[0], shape[0], *size)
+
+
 def _take(
     rows: Tensor, packed: Tensor, codebook: Tensor, shape: Sequence[int], axis: int
 ) -> Tensor:
@@ -99,6 +118,12 @@ decode_gradient = _define(
 )
 linear = _define(f"linear{_PRODUCT}", _linear, _fake_linear)
 linear_int8 = _define(f"linear_int8{_PRODUCT}", _linear_int8, _fake_linear)
+convolve = _define(
+    "convolve(Tensor inputs, Tensor packed, Tensor codebook, SymInt[] shape, int axis,"
+    " SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor",
+    _convolve,
+    _fake_convolve,
+)
 take = _define(
     "take(Tensor rows, Tensor packed, Tensor codebook, SymInt[] shape, int axis) -> Tensor",
     _take,
@@ -128,6 +153,23 @@ def _linear_backward(ctx, gradient):
     return gradient @ decode(packed, codebook, ctx.shape, ctx.axis), None, None, None, None
 
 
+def _convolve_context(ctx, inputs, output):
+    images, packed, codebook, shape, axis, stride, padding, dilation = inputs
+    ctx.save_for_backward(packed, codebook)
+    ctx.size, ctx.shape, ctx.axis = images.shape, shape, axis
+    ctx.how = stride, padding, dilation
+
+
+def _convolve_backward(ctx, gradient):
+    packed, codebook = ctx.saved_tensors
+    weight = decode(packed, codebook, ctx.shape, ctx.axis)
+    back = torch.nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.how)
+    return back, *[None] * 7
+
+
+torch.library.register_autograd(
+    "fewbits::convolve", _convolve_backward, setup_context=_convolve_context, lib=_LIBRARY
+)
 torch.library.register_autograd(
     "fewbits::decode", _decode_backward, setup_context=_decode_context, lib=_LIBRARY
 )

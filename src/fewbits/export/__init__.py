@@ -5,9 +5,10 @@ only when it is called.
 """
 
 from ._coreml import coreml as coreml
+from ._executorch import executorch as executorch
 from ._onnx import onnx as onnx
 from ._openvino import openvino as openvino
 from ._result import Exported as Exported
 from ._result import ExportedWeight as ExportedWeight
 
-__all__ = ["Exported", "ExportedWeight", "coreml", "onnx", "openvino"]
+__all__ = ["Exported", "ExportedWeight", "coreml", "executorch", "onnx", "openvino"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._errors import FewbitsError, FileError, PlanError
 from .._file._atomic import check_path
+from ._lacking import lacking
 from ._ready import Clustered, Ready, needs, ready
 from ._result import Exported, ExportedWeight
 
@@ -153,6 +154,13 @@ def _convert(prepared: Ready, path: Path, batch: int, precision: Precision) -> N
         with _palettes(prepared):
             try:
                 traced = torch.export.export(prepared.model, inputs).run_decompositions({})
+            except Exception as error:  # torch.export raises whatever it meets
+                reason = " ".join(str(error).split())[:300]
+                raise PlanError(
+                    f"the model cannot be traced for Core ML: {reason}. If it takes a fixed number"
+                    " of examples, give that as batch=."
+                ) from error
+            try:
                 converted: Any = ct.convert(
                     traced, inputs=types, minimum_deployment_target=ct.target.iOS18,
                     compute_precision=getattr(ct.precision, precision.upper()),
@@ -161,7 +169,8 @@ def _convert(prepared: Ready, path: Path, batch: int, precision: Precision) -> N
             except Exception as error:  # converters raise whatever they meet
                 reason = " ".join(str(error).split())[:300]
                 raise FewbitsError(
-                    f"coremltools cannot convert the model: {type(error).__name__}: {reason}"
+                    f"coremltools cannot convert the model: {type(error).__name__}: {reason}."
+                    f"{lacking(prepared.model, inputs, error)}"
                 ) from error
         converted.save(str(path))
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._errors import FewbitsError, PlanError
 from .._file._atomic import fill_atomically
 from ._compare import compare
-from ._ready import Ready, needs, ready
+from ._lacking import lacking
+from ._ready import Ready, dense_row, needs, ready
 from ._result import Exported, ExportedWeight
 
 Weights = Literal["indices", "affine", "affine-int8", "dense"]
@@ -110,7 +111,7 @@ def build(
     prepared: Ready, weights: Weights, dynamic_batch: bool
 ) -> tuple[bytes, tuple[ExportedWeight, ...]]:
     """Return the bytes of an ONNX file, and how each weight is stored in it; see `onnx`."""
-    from ._onnx_compact import compact, dense_row
+    from ._onnx_compact import compact
 
     program = _traced(prepared, dynamic_batch, optimize=weights == "dense")
     if weights == "dense":
@@ -161,7 +162,9 @@ def _traced(prepared: Ready, dynamic_batch: bool, *, optimize: bool) -> Any:
             )  # fmt: skip
     except Exception as error:  # the exporter raises whatever torch.export and torchlib raise
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        hint = " If the batch is fixed in it, use dynamic_batch=False." if dynamic_batch else ""
+        hint = lacking(prepared.model, inputs, error)
+        if dynamic_batch and not hint:
+            hint = " If the batch is fixed in it, use dynamic_batch=False."
         raise PlanError(f"the model cannot be traced for ONNX: {reason}{hint}") from error
     finally:
         log.setLevel(level)

@@ -1,6 +1,5 @@
 """In a traced ONNX graph: plain weights out, indices and codebooks or packed integers in."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from onnxscript import optimizer
 from .._errors import FewbitsError, PlanError
 from ._onnx_affine import DOMAIN, grid, multiply, products
 from ._onnx_decode import MARK, table
-from ._ready import Clustered
+from ._ready import Clustered, stored_row
 from ._result import ExportedWeight
 
 
@@ -38,7 +37,7 @@ def compact(program: Any, weights: tuple[Clustered, ...], how: str) -> tuple[Exp
                     f"{weight.name}: the exporter changed this weight, so that it cannot be stored"
                     ' as indices. Use weights="dense", and please report it.'
                 )
-            rows.append(_row(weight, "left out: forward does not use it", 0))
+            rows.append(stored_row(weight, "left out: forward does not use it", 0))
             continue
         row = None
         if how in ("affine", "affine-int8"):
@@ -71,7 +70,7 @@ def _looked_up(
     for value in values:
         del graph.initializers[value.name]
         value.replace_all_uses_with(decoder.nodes[-1].outputs[0], replace_graph_outputs=True)
-    return _row(weight, f"table, indices of {weight.found.width} bits", decoder.bytes)
+    return stored_row(weight, f"table, indices of {weight.found.width} bits", decoder.bytes)
 
 
 def _multiplied(
@@ -95,7 +94,7 @@ def _multiplied(
         for node, _ in list(value.uses()):  # transposes that nothing reads any more
             graph.remove(node, safe=True)
         del graph.initializers[value.name]
-    return _row(weight, f"MatMulNBits, integers of {grids.bits} bits", constants.bytes)
+    return stored_row(weight, f"MatMulNBits, integers of {grids.bits} bits", constants.bytes)
 
 
 def _check_multiplied(rows: list[ExportedWeight]) -> None:
@@ -115,15 +114,3 @@ def _unused(program: Any) -> set[str]:
     users = {node.name: len(node.users) for node in traced.graph.nodes if node.op == "placeholder"}
     names = traced.graph_signature.inputs_to_parameters
     return {name for node, name in names.items() if not users.get(node)}
-
-
-def _row(weight: Clustered, stored: str, size: int) -> ExportedWeight:
-    groups, k = weight.found.codebook.shape
-    return ExportedWeight(
-        weight.name, weight.found.shape, k, groups, stored, size, weight.found.bytes_fixed
-    )
-
-
-def dense_row(weight: Clustered) -> ExportedWeight:
-    """Say that a weight is stored as plain floats."""
-    return _row(weight, "dense", math.prod(weight.found.shape) * weight.values.element_size())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._errors import FewbitsError, FileError, PlanError
 from .._indexed import Indexed, indexed
 from .._plan import CODEBOOK_SUFFIX, unwrapped
+from ._result import ExportedWeight
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -151,6 +152,19 @@ def _state_bytes(model: nn.Module) -> int:
     tensors = [t for t in model.state_dict().values() if isinstance(t, Tensor)]
     sizes = {(t.data_ptr(), t.shape): t.numel() * t.element_size() for t in tensors}
     return sum(sizes.values())
+
+
+def stored_row(weight: Clustered, stored: str, size: int) -> ExportedWeight:
+    """Say how a weight is stored, and in how many bytes."""
+    groups, k = weight.found.codebook.shape
+    return ExportedWeight(
+        weight.name, weight.found.shape, k, groups, stored, size, weight.found.bytes_fixed
+    )
+
+
+def dense_row(weight: Clustered) -> ExportedWeight:
+    """Say that a weight is stored as plain floats."""
+    return stored_row(weight, "dense", weight.values.nbytes)
 
 
 @contextmanager

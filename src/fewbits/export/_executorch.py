@@ -1,0 +1,162 @@
+"""ExecuTorch: a dense program, since its CPU backend has no tables for weights."""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._errors import FewbitsError, FileError, PlanError
+from .._file._atomic import check_path, fill_atomically
+from ._compare import compare
+from ._lacking import lacking
+from ._ready import Ready, dense_row, needs, ready
+from ._result import Exported
+
+
+def executorch(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Tensor | Sequence[Tensor],
+    batch: int = 1,
+    tolerance: float = 1e-4,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a hardened model for ExecuTorch, run it there and compare with PyTorch.
+
+    The program is for the XNNPACK backend, operators that it lacks for ExecuTorch's portable ones.
+    It is dense: XNNPACK takes weights as floats or as integers on an even grid, with no table, and
+    folds batch norms into the weights before them. The file is as large as the state dict,
+    whatever the number of values; nothing is saved but what a transfer of the file compresses.
+
+    Args:
+        model: a hardened module with tensors as inputs and outputs; exported in evaluation mode,
+            not modified.
+        path: the file, NAME.pte.
+        example_inputs: a tensor, or the positional inputs of `forward`; examples along the first
+            axis of each. The outputs on them are compared, `batch` at a time; a rest of fewer is
+            left out.
+        batch: the number of examples that the program takes, always the same; not more than there
+            are example inputs.
+        tolerance: the largest difference to PyTorch, over the largest output, that passes.
+        overwrite: whether to replace a file.
+
+    Returns:
+        What was written, how each weight is stored, and how the outputs compare.
+
+    Raises:
+        PlanError: if the model is not hardened, has no weight of few values, or cannot be traced,
+            or `batch` is not possible.
+        FileError: if the file exists or cannot be written, or `path` does not end in .pte.
+        FewbitsError: if executorch is missing or cannot convert or run the model, or the outputs
+            differ. Nothing is written in any of these cases.
+    """
+    with needs("executorch"), _quiet():
+        import executorch.exir
+        import executorch.runtime  # noqa: F401  # pyright: ignore[reportMissingImports]
+    path = Path(path)
+    check_path(path)
+    if path.suffix != ".pte":
+        raise FileError(f"{path}: must end in .pte.")
+    prepared = ready(model, path, example_inputs, overwrite=overwrite)
+    if not 1 <= batch <= len(prepared.inputs[0]):
+        raise PlanError(f"batch is {batch}. Give 1 to {len(prepared.inputs[0])} (the examples).")
+    data = _program(prepared, batch)
+    whole = len(prepared.inputs[0]) // batch * batch
+    expected = [output[:whole] for output in prepared.outputs]
+    compared: tuple[float, float | None] = (0.0, None)
+
+    def fill(file: BinaryIO) -> None:
+        nonlocal compared
+        file.write(data)
+        file.flush()
+        outputs = run(Path(file.name), [x[:whole] for x in prepared.inputs], batch)
+        compared = compare("ExecuTorch", expected, outputs, tolerance)
+
+    fill_atomically(path, fill)
+    return Exported(
+        target="executorch",
+        path=path,
+        runtime=f"ExecuTorch {importlib.metadata.version('executorch')}",
+        bytes=len(data),
+        dense_bytes=prepared.state_bytes,
+        weights=tuple(dense_row(weight) for weight in prepared.weights),
+        examples=whole,
+        difference=compared[0],
+        agreement=compared[1],
+        notes=("dense: XNNPACK has no tables for weights, so few values save nothing here",),
+    )
+
+
+def run(path: Path, inputs: Sequence[Tensor], batch: int) -> list[Any]:
+    """Run a program on inputs, `batch` examples at a time; return the outputs as arrays.
+
+    Raises:
+        FewbitsError: if ExecuTorch cannot load or run it.
+    """
+    with _quiet():
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+        try:
+            method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
+            parts = [
+                # Copied: the method writes its outputs to the same memory again.
+                [y.numpy().copy() for y in method.execute([x.contiguous() for x in part])]
+                for part in zip(*(x.split(batch) for x in inputs), strict=True)
+            ]
+        except Exception as error:  # the runtime raises RuntimeError with a number
+            raise FewbitsError(f"ExecuTorch cannot run the program: {_reason(error)}") from error
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def _program(prepared: Ready, batch: int) -> bytes:
+    inputs = tuple(x[:batch] for x in prepared.inputs)
+    with _quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
+            XnnpackPartitioner,
+        )
+        from executorch.exir import to_edge_transform_and_lower
+
+        try:
+            traced = torch.export.export(prepared.model, inputs)
+        except Exception as error:  # torch.export raises whatever it meets
+            raise PlanError(
+                f"the model cannot be traced for ExecuTorch: {_reason(error)}. If it takes a fixed"
+                " number of examples, give that as batch=."
+            ) from error
+        try:
+            edge = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()])
+            return bytes(edge.to_executorch().buffer)
+        except Exception as error:  # converters raise whatever they meet
+            raise FewbitsError(
+                f"ExecuTorch cannot convert the model: {type(error).__name__}: {_reason(error)}."
+                f"{lacking(prepared.model, inputs, error)}"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what ExecuTorch and its imports warn about and log."""
+    fast, level = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    try:
+        # Attention as plain operations: ExecuTorch does not know torch's fused one.
+        torch.backends.mha.set_fastpath_enabled(False)
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        torch.backends.mha.set_fastpath_enabled(fast)

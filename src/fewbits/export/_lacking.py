@@ -1,0 +1,44 @@
+"""Which layer holds the operator that a target cannot convert."""
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# How the converters' messages name an operator.
+_NAMES = re.compile(r"torch\._?ops\.\w+\.(\w+)|fx node (\w+)")
+
+
+def lacking(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:
+    """Return a sentence on the layer whose operator an error names, or nothing if it names none.
+
+    Args:
+        model: what was to be converted.
+        inputs: what it was traced with.
+        error: what the converter raised, its causes included.
+    """
+    said, cause = "", error
+    while cause is not None:
+        said, cause = f"{said} {cause}", cause.__cause__
+    named = _NAMES.search(said)
+    if named is None:
+        return ""
+    name = named[1] or named[2]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.export.export(model, tuple(inputs)).graph
+    except Exception:  # whatever tracing raises: the converter's own message has to do
+        return ""
+    for node in graph.nodes:
+        found = getattr(node.target, "__name__", "").partition(".")[0]
+        if node.op == "call_function" and (found == name or found.endswith(f"_{name}")):
+            layers = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+            where = f"layer {layers[-1]}" if layers else "the model's own forward"
+            return (
+                f" The target lacks the operator {found}, of {where}: compute that part in another"
+                " way, or choose another target."
+            )
+    return ""
