@@ -17,7 +17,7 @@ SRC = pathlib.Path(fewbits.__file__).parent
 LAYERS = [
     {"_errors"},
     {"_kernels", "_symbols"},
-    {"_kmeans", "schedules", "_rules", "_indexed", "_sharded"},
+    {"_kmeans", "schedules", "_rules", "_indexed", "_sharded", "_processes"},
     {"_codebook", "_packed"},
     {"regularizers", "_plan"},
     {"_file"},
