@@ -7,7 +7,7 @@ process, and everything here is trivial.
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -150,3 +150,12 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
                     f" {other.get(name)!r} there and {first.get(name)!r} here. Start all with the"
                     " same command on the same data."
                 )
+
+
+def check_same_plan(rows: Iterable[Sequence[Any]]) -> None:
+    """Refuse processes whose models are planned in different ways, as `check_same` does.
+
+    Args:
+        rows: `Plan.fingerprint()`.
+    """
+    check_same("plan", {str(name): list(rest) for name, *rest in rows})

@@ -6,8 +6,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _processes
 from .._clustering import Clustering
 from .._errors import PlanError
+from .._plan import unwrapped
+
+
+def attach(model: nn.Module, arguments: dict[str, Any]) -> Clustering:
+    """Return a clustering of a model, planned alike in every process of the training.
+
+    Args:
+        model: perhaps compiled.
+        arguments: of `Clustering`, but for the model.
+
+    Raises:
+        PlanError: if the model cannot be clustered so, is clustered already, or is planned
+            otherwise in another process.
+    """
+    clustering = Clustering(unwrapped(model), **arguments)
+    _processes.check_same_plan(clustering.plan.fingerprint())
+    return clustering
 
 
 def codebooks_of(clustering: Clustering) -> list[nn.Parameter]:

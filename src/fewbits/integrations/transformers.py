@@ -8,8 +8,7 @@ import torch
 
 from .._clustering import Clustering
 from .._errors import FewbitsError, FileError
-from .._plan import unwrapped
-from ._shared import add_pull, measures, separate_codebooks
+from ._shared import add_pull, attach, measures, separate_codebooks
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -100,7 +99,7 @@ def cluster(
         fewbits.save(model, "model.fewbits")
     """
     assert isinstance(trainer.model, torch.nn.Module)  # a Trainer has no other
-    callback = FewbitsCallback(Clustering(unwrapped(trainer.model), **clustering), harden=harden)
+    callback = FewbitsCallback(attach(trainer.model, clustering), harden=harden)
     trainer.add_callback(callback)
     create, train, log = trainer.create_optimizer, trainer.train, trainer.log
 

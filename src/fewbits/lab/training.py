@@ -146,8 +146,7 @@ class Job:
             FileError: if the checkpoint is damaged or of another training.
         """
         if self.clustering is not None:
-            rows = self.clustering.plan.fingerprint()
-            _processes.check_same("plan", {str(name): rest for name, *rest in rows})
+            _processes.check_same_plan(self.clustering.plan.fingerprint())
         optimizer = self._optimizer()
         state = _processes.in_first(
             lambda: load_checkpoint(checkpoint) if checkpoint.exists() else None
