@@ -16,6 +16,8 @@ from distributed import jobs
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
+from fewbits._cli import run
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 # In batches of 33 the last has one image more in one process than in the other.
 SMALL = (
@@ -83,20 +85,34 @@ def models(run: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_torchrun_finds_what_one_process_finds(whole, tmp_path):
-    run, printed = whole
+    folder, printed = whole
     rows = json.loads(fewbits([sys.executable], tmp_path, *SMALL, "--out", "run", "--json"))
     together = json.loads(printed)  # one process alone has printed
     timeless = [
         [{k: v for k, v in r.items() if k != "seconds"} for r in x] for x in (rows, together)
     ]
     assert timeless[0] == timeless[1]
-    assert (run / "report.html").exists()
-    assert json.loads((run / "details.json").read_text())["environment"]["processes"] == "2"
-    alone, found = models(tmp_path / "run"), models(run)
+    assert (folder / "report.html").exists()
+    assert json.loads((folder / "details.json").read_text())["environment"]["processes"] == "2"
+    alone, found = models(tmp_path / "run"), models(folder)
     assert alone.keys() == found.keys()
     for name, state in alone.items():
         # float32 sums in another order, batch norm's among them, over 20 steps
         torch.testing.assert_close(found[name], state, rtol=1e-2, atol=1e-4)
+
+
+def test_a_run_that_torchrun_restarts_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = [*SMALL[:-4], "kmeans", "--device", "cpu", "--quiet", "--out", "run"]
+    run(start)
+    with pytest.raises(SystemExit):
+        run(start)
+    assert "run: exists already" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(start)
+    with pytest.raises(SystemExit):
+        run([*start, "--lr", "0.01"])  # another config is no restart
+    assert "run: exists already" in capsys.readouterr().err
 
 
 def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes_bit_for_bit(whole, tmp_path):

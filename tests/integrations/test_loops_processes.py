@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("lightning.pytorch", reason="needs fewbits[lightning]")
 pytest.importorskip("transformers", reason="needs fewbits[transformers]")
-from integrations import loops  # noqa: E402
+from integrations import loops
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
