@@ -64,7 +64,8 @@ def test_a_codebook_that_the_optimizer_does_not_have_is_called_unmoved():
     model = two_layers()
     clustering = fewbits.Clustering(model, k=2)
     without = [p for n, p in model.named_parameters() if n != "2.weight_codebook"]
-    train(model, clustering, torch.optim.SGD(without, lr=0.05), range(STEPS_BETWEEN_LOOKS))
+    with pytest.warns(UserWarning, match="2.weight: the optimizer has moved the weights but not"):
+        train(model, clustering, torch.optim.SGD(without, lr=0.05), range(STEPS_BETWEEN_LOOKS))
     assert [row.unmoved for row in clustering.gap().layers] == [False, True]
     assert "unmoved" in str(clustering.gap()).splitlines()[2]
     steps(clustering, STEPS_BETWEEN_LOOKS)  # without gradients
@@ -207,3 +208,35 @@ def test_hardening_a_model_with_bad_weights_changes_nothing():
     parameter(model, "2.weight").data[0, 0] = 0.0
     clustering.harden()
     assert distinct(parameter(model, "0.weight")) == 2
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_without_the_codebooks_is_noticed_at_the_first_step(foreach):
+    model = two_layers()
+    clustering = fewbits.Clustering(model, bits=1)
+    train(model, clustering, sgd(clustering), range(1))  # says nothing
+    model = two_layers()
+    own = list(model.parameters())
+    clustering = fewbits.Clustering(model, bits=1)
+    optimizer = torch.optim.SGD(own, lr=0.1, foreach=foreach)
+    with pytest.warns(UserWarning, match="0.weight: the optimizer .* and of 1 more"):
+        train(model, clustering, optimizer, range(1))
+    train(model, clustering, optimizer, range(1, 3))  # once
+
+
+def test_a_step_that_is_skipped_is_no_sign_of_a_missing_codebook():
+    model = two_layers()
+    clustering = fewbits.Clustering(model, bits=1)
+    optimizer = sgd(clustering)
+    inputs, target = batch(0)
+    (torch.nn.functional.mse_loss(model(inputs), target) + clustering.loss()).backward()
+    clustering.step()  # as where a gradient scaler has skipped the optimizer's
+    train(model, clustering, optimizer, range(2))
+
+
+def test_representatives_that_are_frozen_on_purpose_are_left_in_peace():
+    model = two_layers()
+    clustering = fewbits.Clustering(model, bits=1)
+    for codebook in clustering.codebooks():
+        codebook.requires_grad_(False)
+    train(model, clustering, sgd(clustering), range(2))

@@ -56,7 +56,9 @@ def cited_equations(text):
 
 
 # Advice of the packages whose loops the examples use, such as to have more workers.
-@pytest.mark.filterwarnings("ignore:::lightning", "ignore:::torch.utils.data")
+@pytest.mark.filterwarnings(
+    "ignore:::lightning", "ignore:::torch.utils.data", "ignore:torch.distributed is"
+)
 @page
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     module = types.ModuleType(page.stem)
@@ -165,18 +167,26 @@ def test_guide_gives_the_keys_of_a_row_in_their_order():
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ROW_KEYS
 
 
-def test_the_pages_of_results_are_what_their_data_files_say():
-    path = ROOT / "benchmarks" / "results_page.py"
-    spec = importlib.util.spec_from_file_location("results_page", path)
+def loaded(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # for dataclasses
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_of_results_are_what_their_data_files_say():
+    module = loaded("results_page")
     files = sorted((ROOT / "docs" / "results").glob("*.json"))
     assert {file.stem for file in files} >= {"digits", "vgg16", "alexnet"}
     for file in files:
         assert module.page(json.loads(file.read_text())) == file.with_suffix(".md").read_text()
     for file in sorted((ROOT / "docs" / "results").glob("*/results.json")):
         assert study_page(json.loads(file.read_text())) == (file.parent / "report.md").read_text()
+    for name in ("seven_billion",):
+        made = loaded(name)
+        assert made.PAGE.read_text() == made.page(made.results()), name
     readme = (ROOT / "README.md").read_text()
     assert "| float32 |" in readme
     assert module.filled(readme) == readme

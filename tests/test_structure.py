@@ -15,9 +15,9 @@ SRC = pathlib.Path(fewbits.__file__).parent
 
 # Lowest first: a module imports only from rows above its own.
 LAYERS = [
-    {"_errors"},
+    {"_errors", "_html"},
     {"_kernels", "_symbols"},
-    {"_kmeans", "schedules", "_rules", "_indexed", "_sharded"},
+    {"_kmeans", "schedules", "_rules", "_indexed", "_sharded", "_processes"},
     {"_codebook", "_packed"},
     {"regularizers", "_plan"},
     {"_file"},

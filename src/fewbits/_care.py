@@ -61,6 +61,50 @@ def _all_finite(numbers: list[Tensor]) -> bool:
     return all(bool(torch.cat(some).isfinite().all()) for some in by_device.values())
 
 
+class Watch:
+    """Watches whether the optimizer writes to the codebooks when it first writes to the weights.
+
+    What is compared is torch's count of writes: a step of the optimizer is one, whatever the
+    gradient and the learning rate (torch counts none of a fused one's). A step that a gradient
+    scaler skips writes to neither.
+    """
+
+    def __init__(self, layers: Iterable[Attached]):
+        self._layers: list[Attached] | None = list(layers)
+        self._before: list[tuple[int, int]] = []
+
+    def begin(self) -> None:
+        """In place: note the counts, before the optimizer's step."""
+        if self._layers is not None:
+            self._before = [self._counts(layer) for layer in self._layers]
+
+    def end(self) -> None:
+        """In place: after the step, warn of codebooks that no optimizer has; once."""
+        if self._layers is None or not self._before:
+            return
+        pairs = list(zip(self._layers, self._before, strict=True))
+        moved = [(layer, b[1]) for layer, b in pairs if self._counts(layer)[0] != b[0]]
+        forgotten = [
+            layer.name
+            for layer, before in moved
+            if layer.codebook.requires_grad and self._counts(layer)[1] == before
+        ]
+        if moved:
+            self._layers = None
+        if forgotten:
+            more = f" and of {len(forgotten) - 1} more" if len(forgotten) > 1 else ""
+            warnings.warn(
+                f"{forgotten[0]}: the optimizer has moved the weights but not their"
+                f" representatives{more}, so these would never follow. Make the optimizer from"
+                " clustering.param_groups(…), or from model.parameters() after attaching.",
+                stacklevel=4,
+            )
+
+    @staticmethod
+    def _counts(layer: Attached) -> tuple[int, int]:
+        return layer.weight._version, layer.codebook._version
+
+
 def look_after(layer: Attached, step: int, *, revive: bool) -> Tensor:
     """In place: note what moved, warn once of a collapse, and revive the dead where wanted.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import time
@@ -221,29 +222,47 @@ def _compare(settings: dict[str, Any], options: dict[str, Any]) -> None:
         name = f"{Path(config.data).name}-{config.model.rpartition(':')[2]}-{stamp}"
         folder = options["out"] or Path("runs") / name
     rows = _run_comparison(config, folder, options)
-    _print_rows(rows, folder, as_json=options["as_json"])
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print_rows(rows, folder, as_json=options["as_json"])
 
 
 def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    from . import _processes
     from ._bars import Bars, each
     from .lab import _folder
     from .lab.compare import Comparison
     from .lab.data import load
     from .lab.device import pick_device
-    from .report import write_report
 
     device = pick_device(options["device"])
-    if not options["resume"]:
-        _folder.check(folder, overwrite=options["overwrite"])
-    progress = Bars(quiet=options["quiet"])
-    bar = None if options["quiet"] else each
-    data = load(config.data, image_size=config.image_size, progress=bar)
-    comparison = Comparison(config, folder, data.to(device), device, progress)
-    comparison.check()  # before an earlier run is replaced
-    if not options["resume"]:
-        _folder.create(folder, config.to_toml(), "fewbits " + shlex.join(sys.argv[1:]))
+    with _processes.together(device):
+        resume = options["resume"] or _processes.in_first(
+            lambda: _folder.restarted(folder, config.to_toml())
+        )
+        if not resume:
+            _processes.in_first(lambda: _folder.check(folder, overwrite=options["overwrite"]))
+        quiet = options["quiet"] or _processes.rank() > 0
+        progress = Bars(quiet=quiet)
+        with _processes.first_on_machine():  # it may have to download
+            data = load(config.data, image_size=config.image_size, progress=None if quiet else each)
+        comparison = Comparison(config, folder, data.to(device), device, progress)
+        comparison.check()  # before an earlier run is replaced
+        if not resume:
+            command = "fewbits " + shlex.join(sys.argv[1:])
+            _processes.in_first(lambda: _folder.create(folder, config.to_toml(), command))
+        return _carried_out(comparison, progress)
+
+
+def _carried_out(comparison: Any, progress: Any) -> list[dict[str, Any]]:
+    """Do all of a comparison's jobs, and write its report."""
+    from . import _processes
+    from .lab import _folder
+    from .report import write_report
+
+    folder = comparison.folder
     try:
-        rows = comparison.run(command=_folder.command_of(folder))
+        command = _processes.in_first(lambda: _folder.command_of(folder))
+        rows = comparison.run(command)
     except KeyboardInterrupt:
         progress.close()
         again = f"fewbits compare --resume {shlex.quote(str(folder))}"
@@ -251,7 +270,7 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
         raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         progress.close()
-    write_report(folder)
+    _processes.in_first(lambda: write_report(folder))
     return rows
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._attach import Attached
-from ._care import check_numbers, look_after
+from ._care import Watch, check_numbers, look_after
 from ._codebook import INITS, Init, check_finite, grouped, initial_codebook
 from ._errors import PlanError, did_you_mean
 from ._gap import Gap, layer_gap
@@ -116,6 +116,7 @@ class Clustering:
             switch.active = snapped_forward and layer.start == 0
             layer.update_cost(self.regularizer)
             self._layers.append(layer)
+        self._watch = Watch(self._layers if isinstance(pull, Penalty) else ())
         self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
         self._stacks = Stacks(self._layers) if self._together() else None
         self._starting: dict[int, list[Attached]] = {}
@@ -141,6 +142,7 @@ class Clustering:
         device = self._layers[0].weight.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             terms = self._terms(self.pull if isinstance(self.pull, Penalty) else None)
+        self._watch.begin()
         # Taken into account by step(): asking for the loss changes nothing.
         self._last_terms = terms
         inputs = [tensor for term in terms for tensor in term.inputs]
@@ -153,6 +155,8 @@ class Clustering:
         Applies the proximal pull, moves schedules on, starts pulls that are due, keeps codebooks
         in the form the regularizer allows, and revives dead representatives from time to time.
 
+        Warns once, by the layer's name, if the optimizer does not move the representatives.
+
         Raises:
             CodebookError: if weights, a codebook or the last penalty became NaN or infinite.
         """
@@ -163,6 +167,7 @@ class Clustering:
         penalties = [(t.names, t.values) for t in self._last_terms if t.values is not None]
         self._last_terms = []
         check_numbers(self._layers, self._numbers(), self.steps, penalties)
+        self._watch.end()
         if isinstance(self.pull, Proximal):
             self._apply_proximal(self.pull)
         self.steps += 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ._attach import Attached
+from ._html import table
 from ._kernels import snap
 
 # A weight nearer to its representative than this share of the layer's standard deviation is
@@ -75,6 +76,18 @@ class Gap:
             )
         lines.append(f"{'all':32} {self.moving:8.1%} {self.distortion:11.2e}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the gap as Jupyter shows it."""
+        rows = [
+            (
+                row.name, f"{row.moving / row.weights:.1%}", f"{row.distortion:.2e}",
+                str(row.dead), str(row.merged), "unmoved" if row.unmoved else "",
+            )
+            for row in self.layers
+        ]  # fmt: skip
+        rows.append(("all", f"{self.moving:.1%}", f"{self.distortion:.2e}", "", "", ""))
+        return table(("weight", "moving", "distortion", "dead", "merged", ""), rows)
 
 
 def layer_gap(layer: Attached) -> LayerGap:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ._errors import PlanError
+from ._html import folded, table
 from ._rules import Granularity as Granularity
 from ._rules import (
     Overrides,
@@ -25,6 +26,8 @@ from ._rules import check_k as check_k
 
 # Ends the name of the codebook's parameter: `weight` has `weight_codebook` beside it.
 CODEBOOK_SUFFIX = "_codebook"
+
+_HEAD = ("weight", "shape", "k", "bits", "granularity")
 
 # Weight names and the axis of their output channels (rows of an embedding), by module type.
 # A transposed convolution with `groups` holds one output channel of each group in a slice of its
@@ -107,21 +110,33 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the plan as a table."""
-        rows = [("weight", "shape", "k", "bits", "granularity")]
-        for w in self.selected:
-            name = w.name + "".join(f" = {alias}" for alias in w.aliases)
-            shape = "x".join(map(str, w.shape))
-            grain = w.granularity if w.groups == 1 else f"{w.granularity} ({w.groups} codebooks)"
-            rows.append((name, shape, str(w.k), f"{w.bits:.3g}", grain))
+        rows = [_HEAD, *self._rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(c.ljust(n) for c, n in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
         lines += [f"left alone: {s.name}: {s.reason}" for s in self.skipped]
         lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, self._total()])
+
+    def _repr_html_(self) -> str:
+        """Return the plan as Jupyter shows it."""
+        left = [f"{s.name}: {s.reason}" for s in self.skipped]
+        below = table(_HEAD, self._rows(), [*self.notes, self._total()])
+        return below + folded(f"{len(left)} tensors left alone", left)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        for w in self.selected:
+            name = w.name + "".join(f" = {alias}" for alias in w.aliases)
+            shape = "x".join(map(str, w.shape))
+            grain = w.granularity if w.groups == 1 else f"{w.granularity} ({w.groups} codebooks)"
+            rows.append((name, shape, str(w.k), f"{w.bits:.3g}", grain))
+        return rows
+
+    def _total(self) -> str:
         total = sum(w.weights for w in self.selected)
-        lines.append(f"{len(self.selected)} tensors to cluster, {total:,} weights")
-        return "\n".join(lines)
+        return f"{len(self.selected)} tensors to cluster, {total:,} weights"
 
     def fingerprint(self) -> list[list[Any]]:
         """Return what a checkpoint must agree on, as plain JSON values."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import _symbols
 from ._checkpoint import opened
 from ._codebook import distortion_of
+from ._html import table
 from ._indexed import Indexed, indexed
 from ._plan import Plan, unwrapped
 
@@ -109,13 +110,28 @@ class Summary:
                 f"{r.name:32} {shape:>16} {r.distinct:7,} {r.bits_fixed:6.2f}"
                 f" {r.bits_entropy:8.3f} {distortion:>11} {r.bytes_fixed:11,}"
             )
-        lines.append(f"everything else: {self.other_bytes:,} bytes")
-        lines.append(
+        return "\n".join([*lines, *self._totals()])
+
+    def _repr_html_(self) -> str:
+        """Return the summary as Jupyter shows it."""
+        head = ("weight", "shape", "values", "fixed", "entropy", "distortion", "bytes")
+        rows = [
+            (
+                r.name, "x".join(map(str, r.shape)), f"{r.distinct:,}", f"{r.bits_fixed:.2f}",
+                f"{r.bits_entropy:.3f}", "" if r.distortion is None else f"{r.distortion:.2e}",
+                f"{r.bytes_fixed:,}",
+            )
+            for r in self.layers
+        ]  # fmt: skip
+        return table(head, rows, self._totals())
+
+    def _totals(self) -> list[str]:
+        return [
+            f"everything else: {self.other_bytes:,} bytes",
             f"whole model: {self.bytes_fixed:,} bytes, {self.ratio:.1f} times smaller than float32;"
             f" {self.weights:,} weights at {self.bits_fixed:.2f} bits fixed,"
-            f" {self.bits_entropy:.3f} entropy"
-        )
-        return "\n".join(lines)
+            f" {self.bits_entropy:.3f} entropy",
+        ]
 
     def _mean(self, values: list[float]) -> float:
         if not self.weights:

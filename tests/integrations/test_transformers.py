@@ -177,3 +177,39 @@ def test_tied_embeddings_are_clustered_once_and_stay_tied(tmp_path):
     fresh = transformers.GPT2LMHeadModel(config)
     fewbits.load(tmp_path / "gpt2.fewbits", into=fresh)
     equal(model, fresh)
+
+
+def test_a_model_that_would_be_made_anew_is_refused(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    run = transformers.Trainer(model_init=lambda: network(), args=arguments, train_dataset=DATA)
+    with pytest.raises(fewbits.PlanError, match="makes its model anew"):
+        cluster(run, bits=1)
+
+
+def test_a_copy_that_is_trained_instead_is_noticed_before_training(tmp_path):
+    run = trainer(tmp_path)
+    cluster(run, bits=1)
+    run.model = run.model_wrapped = network()
+    with pytest.raises(fewbits.PlanError, match="in no optimizer .*weight_codebook first"):
+        run.train()
+
+
+def test_training_on_after_hardening_is_refused_and_a_new_trainer_goes_on(tmp_path):
+    run = trainer(tmp_path, num_train_epochs=1)
+    cluster(run, bits=1)
+    run.train()
+    with pytest.raises(fewbits.PlanError, match="has hardened its model already"):
+        run.train()
+    again = trainer(tmp_path, run.model, num_train_epochs=1)
+    callback = cluster(again, bits=1)
+    assert callback.clustering.gap().moving == 0.0  # it begins with the values that are there
+    again.train()
+    assert len(run.model.bert.encoder.layer[0].output.dense.weight.unique()) == 2
+
+
+def test_a_checkpoint_of_a_clustered_run_is_noticed_without_the_callback(tmp_path):
+    clustered = trainer(tmp_path, save_strategy="steps", save_steps=3)
+    cluster(clustered, bits=1)
+    clustered.train()
+    with pytest.raises((ValueError, RuntimeError), match="param|codebook"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

@@ -6,8 +6,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import _processes
 from .._clustering import Clustering
 from .._errors import PlanError
+from .._plan import unwrapped
+
+
+def attach(model: nn.Module, arguments: dict[str, Any]) -> Clustering:
+    """Return a clustering of a model, planned alike in every process of the training.
+
+    Args:
+        model: perhaps compiled.
+        arguments: of `Clustering`, but for the model.
+
+    Raises:
+        PlanError: if the model cannot be clustered so, is clustered already, or is planned
+            otherwise in another process.
+    """
+    clustering = Clustering(unwrapped(model), **arguments)
+    _processes.check_same_plan(clustering.plan.fingerprint())
+    return clustering
 
 
 def codebooks_of(clustering: Clustering) -> list[nn.Parameter]:
@@ -33,14 +51,16 @@ def separate_codebooks(
     Raises:
         PlanError: if a codebook is in no optimizer, where it would never move.
     """
-    ours = {id(parameter) for parameter in codebooks_of(clustering)}
+    names = {id(parameter): name for name, parameter in clustering.model.named_parameters()}
+    ours = {id(parameter): names[id(parameter)] for parameter in codebooks_of(clustering)}
     for optimizer in optimizers:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a loop's wrapper
         for number, group in enumerate(list(optimizer.param_groups)):
             moved = [p for p in group["params"] if id(p) in ours]
             if not moved:
                 continue
-            ours -= {id(p) for p in moved}
+            for parameter in moved:
+                ours.pop(id(parameter), None)
             if len(moved) < len(group["params"]):
                 group["params"] = [p for p in group["params"] if not any(p is m for m in moved)]
                 own = {k: v for k, v in group.items() if k != "params"} | {"params": moved}
@@ -53,8 +73,9 @@ def separate_codebooks(
                 _set_rate(group, codebook_lr)
     if ours:
         raise PlanError(
-            f"{len(ours)} of the codebooks are in no optimizer, so their representatives would"
-            " never move. Make the optimizer from all of the model's parameters after attaching."
+            f"{len(ours)} of the codebooks are in no optimizer ({next(iter(ours.values()))} first),"
+            " so their representatives would never move. Make the optimizer from all of the model's"
+            " parameters after attaching."
         )
 
 

@@ -4,8 +4,7 @@ from typing import Any
 
 from .._clustering import Clustering
 from .._errors import FewbitsError, PlanError
-from .._plan import unwrapped
-from ._shared import add_pull, measures, separate_codebooks
+from ._shared import add_pull, attach, measures, separate_codebooks
 
 try:
     import lightning.pytorch as pl
@@ -72,8 +71,8 @@ class FewbitsCallback(pl.Callback):
                 " Use a new FewbitsCallback."
             )
         if self.clustering is None:
-            model = unwrapped(pl_module.get_submodule(self.submodule))
-            self.clustering = Clustering(model, **self._arguments)
+            model = pl_module.get_submodule(self.submodule)
+            self.clustering = attach(model, self._arguments)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the representatives their parameter group, before a checkpoint is restored."""

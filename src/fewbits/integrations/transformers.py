@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from .._clustering import Clustering
-from .._errors import FewbitsError, FileError
-from .._plan import unwrapped
-from ._shared import add_pull, measures, separate_codebooks
+from .._errors import FewbitsError, FileError, PlanError
+from ._shared import add_pull, attach, measures, separate_codebooks
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -25,11 +24,13 @@ class FewbitsCallback(TrainerCallback):
 
     Attributes:
         clustering: the `Clustering`.
+        hardened: whether a training has reached its end and hardened the model.
     """
 
     def __init__(self, clustering: Clustering, *, harden: bool):
         """Use `cluster`, which also sees to the optimizer and to resuming."""
         self.clustering, self.harden = clustering, harden
+        self.hardened = False
         self._resumed_from: Path | None = None
         self._penalty = 0.0
 
@@ -63,6 +64,7 @@ class FewbitsCallback(TrainerCallback):
         """Harden at the end of a training that reached it."""
         if self.harden and state.global_step >= state.max_steps:
             self.clustering.harden()
+            self.hardened = True
 
 
 def cluster(
@@ -91,7 +93,8 @@ def cluster(
         The callback that was added; its `clustering` is the `Clustering`.
 
     Raises:
-        PlanError: if the model cannot be clustered so, or is clustered already.
+        PlanError: if the model cannot be clustered so, is clustered already, or would be made
+            anew by `train`; from `train`, if it has hardened the model before.
 
     Example:
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
@@ -100,7 +103,12 @@ def cluster(
         fewbits.save(model, "model.fewbits")
     """
     assert isinstance(trainer.model, torch.nn.Module)  # a Trainer has no other
-    callback = FewbitsCallback(Clustering(unwrapped(trainer.model), **clustering), harden=harden)
+    if trainer.model_init is not None:
+        raise PlanError(
+            "this Trainer makes its model anew when it trains (model_init), which would not be"
+            " clustered. Give the Trainer a model instead."
+        )
+    callback = FewbitsCallback(attach(trainer.model, clustering), harden=harden)
     trainer.add_callback(callback)
     create, train, log = trainer.create_optimizer, trainer.train, trainer.log
 
@@ -111,6 +119,11 @@ def cluster(
         return optimizer
 
     def train_from(resume_from_checkpoint: Any = None, *arguments: Any, **named: Any) -> Any:
+        if callback.hardened:
+            raise PlanError(
+                "this Trainer has hardened its model already; training on would undo that. To go"
+                " on from the hardened model, make a new Trainer and cluster that."
+            )
         callback._resumed_from = _folder(trainer, resume_from_checkpoint)
         return train(resume_from_checkpoint, *arguments, **named)
 

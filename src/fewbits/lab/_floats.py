@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from .. import _processes
 from ._folder import fingerprint, load_state
 from ._jobs import Jobs
 from .config import Config
@@ -90,7 +91,8 @@ class Floats:
             reestimate(model, self.data, self.config.batch_size, self.augment)
             found = {"accuracy": accuracy(model, self.data)}
             done = jobs.finish(name, model, job.history, found)
-        return done | {"state": load_state(jobs.model_path(name))}
+        state = _processes.in_first(lambda: load_state(jobs.model_path(name)))
+        return done | {"state": state}
 
     def fresh(self, seed: int) -> nn.Module:
         """Return a network with random weights, the same for a seed."""

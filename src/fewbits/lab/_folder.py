@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -159,6 +160,19 @@ def create(folder: Path, config: str, command: str) -> None:
         ) from error
     first = " ".join(command.splitlines())
     write_atomically(folder / "config.toml", f"# {first}\n{config}".encode())
+
+
+def restarted(folder: Path, config: str) -> bool:
+    """Whether torchrun has started this anew, after a process ended, with the same config.
+
+    Args:
+        folder: of the run.
+        config: TOML text.
+    """
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return False
+    path = folder / "config.toml"
+    return path.exists() and path.read_text().partition("\n")[2] == config
 
 
 def sweep(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import _processes
 from .._file import write_atomically
 from ._folder import read_json, save_state, write_json
 from ._recorder import Recorder
@@ -37,23 +38,32 @@ class Jobs:
     def finished(self, name: str) -> dict[str, Any] | None:
         """Return the result of a job, or None if it has not finished."""
         path = self.path(name) / "result.json"
-        if not path.exists() or not self.model_path(name).exists():
-            return None
-        return read_json(path)
+
+        def read() -> dict[str, Any] | None:
+            both = path.exists() and self.model_path(name).exists()
+            return read_json(path) if both else None
+
+        return _processes.in_first(read)
 
     def train(self, job: Job, during: Any = None) -> None:
         """In place: train a job's network, from its checkpoint on if there is one."""
-        recorder = Recorder(self.folder, job.name, self.write_metrics, self.progress)
+        recorder = Progress()
+        if _processes.rank() == 0:
+            recorder = Recorder(self.folder, job.name, self.write_metrics, self.progress)
         job.run(self.path(job.name) / "checkpoint.pt", progress=recorder, during=during)
 
     def finish(
         self, name: str, model: nn.Module, history: list[dict[str, Any]], result: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the model, then the result that declares it finished, then drop the checkpoint."""
-        save_state(self.model_path(name), model.state_dict())
         result = result | {"name": name, "history": history}
-        write_json(self.path(name) / "result.json", result)
-        (self.path(name) / "checkpoint.pt").unlink(missing_ok=True)
+
+        def write() -> None:
+            save_state(self.model_path(name), model.state_dict())
+            write_json(self.path(name) / "result.json", result)
+            (self.path(name) / "checkpoint.pt").unlink(missing_ok=True)
+
+        _processes.in_first(write)
         return result
 
     def write_metrics(self) -> None:

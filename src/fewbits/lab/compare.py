@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .. import _processes
 from .._allocate import allocate, planned_bytes
 from .._errors import PlanError
 from .._file import save
@@ -100,9 +101,12 @@ class Comparison:
         """Refuse a model or a rule that cannot be, before any training and any file.
 
         Raises:
-            PlanError: with the reason.
+            PlanError: with the reason; in every process, if one has another config or other data.
             FewbitsError: if a method's package is not installed.
         """
+        labels = (self.data.train_labels, self.data.test_labels)
+        about = {"data": [[len(some), int(some.sum())] for some in labels]}
+        _processes.check_same("config", asdict(self.config) | about)
         if not steps_per_epoch(self.data, self.config.batch_size):
             raise PlanError(f"{self.data.name}: one training image makes no batch. Give more.")
         model = self.float.fresh(self.config.seeds[0])
@@ -120,13 +124,13 @@ class Comparison:
         Returns:
             One row per method, k and seed, with the keys of `ROW_KEYS`.
         """
-        sweep(self.folder)
+        _processes.in_first(lambda: sweep(self.folder))
         results: list[dict[str, Any]] = []
         for seed in self.config.seeds:
             for method in self.config.methods:
                 for k in self.config.k:
                     results.append(self.cell(method, k, seed))
-                    self._write(results, command)
+                    _processes.in_first(lambda: self._write(results, command))
         return [_public(result["row"]) for result in results]
 
     # -- one method, k and seed -----------------------------------------------------------------
@@ -171,8 +175,12 @@ class Comparison:
     def _save(self, name: str, model: nn.Module) -> int:
         """Save the model file and return its bytes."""
         path = self.jobs.model_path(name).with_suffix(".fewbits")
-        save(model, path)
-        return path.stat().st_size
+
+        def write() -> int:
+            save(model, path)
+            return path.stat().st_size
+
+        return _processes.in_first(write)
 
     def _carry_out(self, method: Method, name: str, k: int, seed: int) -> _Outcome:
         """Train or quantize, re-estimate batch norm, and keep what was seen on the way."""
@@ -295,6 +303,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "device": name,
         "threads": str(torch.get_num_threads()),
         "processors": str(os.cpu_count()),
+        "processes": str(_processes.count()),
     }
 
 

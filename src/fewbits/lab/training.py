@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from .. import _processes
 from .._clustering import Clustering
 from .._errors import CodebookError, FileError
 from .._finetune import reestimate_batch_norm
 from ._folder import load_checkpoint, save_checkpoint
+from ._parallel import one_batch, parallel, shared_loss
 from .data import Augment, ImageData, batches
 from .peers import Peer
 from .progress import Progress
@@ -41,7 +42,10 @@ def training_batches(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageData) -> float:
-    """Return the share of held-out images classified right, in percent."""
+    """Return the share of held-out images classified right, in percent.
+
+    Each process looks at its share of every batch.
+    """
     training = model.training
     model.eval()
     right = 0
@@ -51,9 +55,10 @@ def accuracy(model: nn.Module, data: ImageData) -> float:
         EVALUATION_BATCH,
         normalization=data.normalization,
     ):
+        images, labels = _processes.share(images), _processes.share(labels)
         right += int((model(images).argmax(1) == labels).sum())
     model.train(training)
-    return 100 * right / len(data.test_labels)
+    return 100 * _processes.add_up(right)[0] / len(data.test_labels)
 
 
 def reestimate(model: nn.Module, data: ImageData, size: int, augment: Augment | None) -> None:
@@ -140,21 +145,28 @@ class Job:
             CodebookError: if the loss becomes NaN or infinite.
             FileError: if the checkpoint is damaged or of another training.
         """
+        if self.clustering is not None:
+            _processes.check_same_plan(self.clustering.plan.fingerprint())
         optimizer = self._optimizer()
-        if checkpoint.exists():
-            self._restore(checkpoint, optimizer)
+        state = _processes.in_first(
+            lambda: load_checkpoint(checkpoint) if checkpoint.exists() else None
+        )
+        if state is not None:
+            self._restore(state, checkpoint, optimizer)
             progress.epoch(self.name, self.history)
+        network = parallel(self.model)
         steps = self.steps_per_epoch
         progress.job(self.name, self.epochs * steps, len(self.history) * steps)
         for epoch in range(len(self.history), self.epochs):
             began = time.monotonic()
-            metrics = self._epoch(epoch, optimizer, progress)
+            with one_batch():
+                metrics = self._epoch(epoch, network, optimizer, progress)
             metrics["seconds"] = round(time.monotonic() - began, 3)
             metrics |= self._measure()
             if during is not None and epoch == (self.epochs - 1) // 2:
                 metrics["during"] = during(self.model)
             self.history.append(metrics)
-            save_checkpoint(checkpoint, self._state(optimizer))
+            _processes.in_first(lambda: save_checkpoint(checkpoint, self._state(optimizer)))
             progress.epoch(self.name, self.history)
         progress.end()
 
@@ -170,11 +182,16 @@ class Job:
         return peer.wrapped(optimizer) if isinstance(peer, Peer) else optimizer
 
     def _epoch(
-        self, epoch: int, optimizer: torch.optim.Optimizer, progress: Progress
+        self,
+        epoch: int,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
     ) -> dict[str, Any]:
         """Train one epoch and return its mean loss, penalty and training accuracy."""
-        model, clustering = self.model.train(), self.clustering
-        torch.manual_seed(self.seed * 100_003 + epoch)
+        network.train()
+        # Another seed in each process: dropout would drop the same of every share.
+        torch.manual_seed(self.seed * 100_003 + epoch + 1_000_000_007 * _processes.rank())
         stream = training_batches(
             self.data, self.batch_size, self.augment, self.seed * 1_000_003 + epoch
         )
@@ -184,25 +201,11 @@ class Job:
             factor = learning_rate_factor(step, self.epochs * self.steps_per_epoch, self.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            output = model(images)
-            loss = cross_entropy(output, labels)
-            penalty = clustering.loss() if clustering else loss.new_zeros(())
-            total = loss + penalty
-            if not math.isfinite(float(total.detach())):
-                raise CodebookError(
-                    f"{self.name}: the loss is {float(loss.detach())} and the penalty"
-                    f" {float(penalty.detach())} at step {step}. Lower the learning rate"
-                    " (--lr) or the strength (--strength)."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-            if clustering:
-                clustering.step()
+            loss, penalty, hits = self._step(step, network, optimizer, images, labels)
             seen += len(labels)
-            right += int((output.detach().argmax(1) == labels).sum())
-            losses += float(loss.detach()) * len(labels)
-            penalties += float(penalty.detach()) * len(labels)
+            right += hits
+            losses += loss * len(labels)
+            penalties += penalty * len(labels)
             progress.step({"loss": losses / seen, "penalty": penalties / seen})
         return {
             "epoch": epoch + 1,
@@ -210,6 +213,39 @@ class Job:
             "penalty": penalties / seen,
             "train_accuracy": 100 * right / seen,
         }
+
+    def _step(
+        self,
+        step: int,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: Tensor,
+        labels: Tensor,
+    ) -> tuple[float, float, int]:
+        """Train on a batch, of which each process has a share.
+
+        Returns:
+            The batch's loss, the penalty, and how many images were classified right.
+        """
+        clustering, whole = self.clustering, len(labels)
+        images, labels = _processes.share(images), _processes.share(labels)
+        output = network(images)
+        loss = shared_loss(output, labels, whole)
+        penalty = clustering.loss() if clustering else loss.new_zeros(())
+        right = int((output.detach().argmax(1) == labels).sum())
+        mean, hits = _processes.add_up(float(loss.detach()) / _processes.count(), right)
+        if not math.isfinite(mean + float(penalty.detach())):
+            raise CodebookError(
+                f"{self.name}: the loss is {mean} and the penalty"
+                f" {float(penalty.detach())} at step {step}. Lower the learning rate"
+                " (--lr) or the strength (--strength)."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        (loss + penalty).backward()
+        optimizer.step()
+        if clustering:
+            clustering.step()
+        return mean, float(penalty.detach()), int(hits)
 
     def _measure(self) -> dict[str, Any]:
         """Return the held-out accuracy and, with a clustering, the hardening gap, in points."""
@@ -229,8 +265,9 @@ class Job:
             "history": self.history,
         }
 
-    def _restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-        state = load_checkpoint(checkpoint)
+    def _restore(
+        self, state: dict[str, Any], checkpoint: Path, optimizer: torch.optim.Optimizer
+    ) -> None:
         try:
             if self.clustering:  # first: it refuses another plan's checkpoint in its own words
                 self.clustering.load_state_dict(state["clustering"])

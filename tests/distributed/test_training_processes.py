@@ -1,0 +1,144 @@
+"""`fewbits train` in several processes against one process at the same global batch."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import jobs
+from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
+
+from fewbits._cli import run
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+# In batches of 33 the last has one image more in one process than in the other.
+SMALL = (
+    "compare --data digits --train-images 102 --batch-size 33 --width 0.2 --epochs 3"
+    " --finetune-epochs 2 --methods kmeans-finetuned,penalty-snapped --device cpu --quiet"
+).split()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn(jobs.work, (jobs.PROCESSES, str(folder)), nprocs=jobs.PROCESSES)
+    return [torch.load(folder / f"{n}.pt", weights_only=True) for n in range(jobs.PROCESSES)]
+
+
+def test_processes_train_as_one_does_on_whole_batches(processes, tmp_path):
+    alone = jobs.outcome(tmp_path)
+    for found in processes:
+        # float32 sums in another order, batch norm's among them, over 12 steps
+        torch.testing.assert_close(found["state"], alone["state"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found["history"], alone["history"], rtol=1e-4, atol=1e-6)
+
+
+def test_processes_hold_the_same_bits(processes):
+    first, *others = processes
+    for other in others:
+        assert other["history"] == first["history"]
+        for name, value in first["state"].items():
+            assert torch.equal(other["state"][name], value), name
+
+
+def test_what_differs_between_processes_is_refused_in_every_one(processes):
+    for found in processes:
+        refused = found["refused"]
+        assert "process 2 has another config than process 0: lr is 0.1" in refused["other config"]
+        assert "process 1 has another plan than process 0: 0.weight is" in refused["other plan"]
+        assert refused["first fails"] == "the disk is full"
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def fewbits(command: list[str], folder: Path, *arguments: str) -> str:
+    """Run fewbits in a folder and return what it printed."""
+    settings: dict[str, Any] = {"env": environment(), "cwd": folder, "text": True}
+    done = subprocess.run(
+        [*command, "-m", "fewbits", *arguments], stdout=subprocess.PIPE, check=True, **settings
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes by torchrun, in peace."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder / "run", fewbits(TORCHRUN, folder, *SMALL, "--out", "run", "--json")
+
+
+def models(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.stem: load_file(path) for path in sorted(run.glob("models/*.safetensors"))}
+
+
+def test_torchrun_finds_what_one_process_finds(whole, tmp_path):
+    folder, printed = whole
+    rows = json.loads(fewbits([sys.executable], tmp_path, *SMALL, "--out", "run", "--json"))
+    together = json.loads(printed)  # one process alone has printed
+    timeless = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in x] for x in (rows, together)
+    ]
+    assert timeless[0] == timeless[1]
+    assert (folder / "report.html").exists()
+    assert json.loads((folder / "details.json").read_text())["environment"]["processes"] == "2"
+    alone, found = models(tmp_path / "run"), models(folder)
+    assert alone.keys() == found.keys()
+    for name, state in alone.items():
+        # float32 sums in another order, batch norm's among them, over 20 steps
+        torch.testing.assert_close(found[name], state, rtol=1e-2, atol=1e-4)
+
+
+def test_a_run_that_torchrun_restarts_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = [*SMALL[:-4], "kmeans", "--device", "cpu", "--quiet", "--out", "run"]
+    run(start)
+    with pytest.raises(SystemExit):
+        run(start)
+    assert "run: exists already" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(start)
+    with pytest.raises(SystemExit):
+        run([*start, "--lr", "0.01"])  # another config is no restart
+    assert "run: exists already" in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes_bit_for_bit(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = [sys.executable, "-m", "fewbits", *SMALL, "--out", "run"]
+    pair = [
+        subprocess.Popen(
+            start, cwd=tmp_path, stderr=subprocess.PIPE if n == "0" else None, text=True,
+            env=environment(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=n, LOCAL_RANK=n
+            ),
+        )
+        for n in "01"
+    ]  # fmt: skip
+    job = tmp_path / "run" / "jobs" / "penalty-snapped-k4-seed0"
+    while not (job / "checkpoint.pt").exists() and pair[0].poll() is None:
+        time.sleep(0.002)
+    pair[1].send_signal(signal.SIGKILL)
+    _, said = pair[0].communicate(timeout=60)
+    assert pair[0].returncode == 1 and pair[1].wait() == -signal.SIGKILL
+    assert said.startswith("fewbits: the processes have lost each other") and said.count("\n") == 1
+    assert not (job / "result.json").exists()  # it was killed in the middle
+    fewbits(TORCHRUN, tmp_path, "compare", "--resume", "run", "--device", "cpu", "--quiet")
+    resumed, expected = models(tmp_path / "run"), models(whole[0])
+    for name, state in expected.items():
+        for key, value in state.items():
+            assert torch.equal(resumed[name][key], value), (name, key)
