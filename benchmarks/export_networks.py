@@ -36,7 +36,7 @@ class Transformer(nn.Module):
 
 
 # Name: data, steps, and the network for images of a shape.
-NETWORKS: dict[str, tuple[str, int, Callable[[tuple[int, ...]], nn.Module]]] = {
+NETWORKS: dict[str, tuple[str, int, Callable[[tuple[int, int, int]], nn.Module]]] = {
     "convnet": ("digits", 100, lambda shape: build("convnet", classes=10, shape=shape)),
     "transformer": ("digits", 30, lambda shape: Transformer(shape[-1], 10)),
     "resnet18": (

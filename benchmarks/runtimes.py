@@ -172,7 +172,7 @@ def _coreml(model: nn.Module, images: Tensor, at: Path) -> None:
     dense = optimize.decompress_weights(MLModel(str(at / "m.mlpackage"), skip_model_load=True))
     how = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
     config = optimize.OptimizationConfig(global_config=how)
-    optimize.linear_quantize_weights(dense, config).save(str(at / "int8.mlpackage"))
+    optimize.linear_quantize_weights(dense, config).save(str(at / "int8.mlpackage"))  # pyright: ignore
 
 
 def opened(form: str, path: Path) -> Run:

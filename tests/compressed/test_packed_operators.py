@@ -13,7 +13,7 @@ from torch import nn
 import fewbits
 
 
-def arguments(name: str, granularity: str) -> tuple[Any, ...]:
+def arguments(name: str, granularity: Any) -> tuple[Any, ...]:
     """What a packed layer gives its operator."""
     layers = {"convolve": nn.Conv2d(3, 6, (3, 2)), "take": nn.Embedding(12, 20)}
     model = nn.Sequential(layers.get(name, nn.Linear(16, 6)))

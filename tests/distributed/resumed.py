@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from distributed import ranks
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -50,13 +50,13 @@ def state_of(parts: tuple) -> dict[str, Any]:
 
 
 def save(parts: tuple, folder: Path) -> None:
-    dcp.save(state_of(parts), checkpoint_id=folder)
+    state_dict_saver.save(state_of(parts), checkpoint_id=folder)
 
 
 def load(parts: tuple, folder: Path) -> None:
     model, clustering, optimizer = parts
     state = state_of(parts)
-    dcp.load(state, checkpoint_id=folder)
+    state_dict_loader.load(state, checkpoint_id=folder)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )

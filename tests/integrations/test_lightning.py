@@ -66,9 +66,10 @@ def by_hand(pull, epochs=2, schedule=False, accumulate=1) -> nn.Sequential:
     clustering = fewbits.Clustering(model, bits=1, pull=pull)
     groups = clustering.param_groups(lr=0.1, weight_decay=0.01)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
+    rates = [0.1, 0.01]  # of weights and representatives
     for epoch in range(epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 * 0.5**epoch if schedule else 0.1
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5**epoch if schedule else rate
         for number, (inputs, labels) in enumerate(loader(), start=1):
             (cross_entropy(model(inputs), labels) / accumulate).backward()
             if number % accumulate == 0:
@@ -126,6 +127,7 @@ def test_representatives_have_a_group_without_weight_decay(tmp_path):
     assert (model["weight_decay"], own["weight_decay"]) == (0.01, 0.0)
     assert [p.shape for p in own["params"]] == [(2,), (2,)]
     assert own["initial_lr"] == 0.003
+    assert own["lr"] == pytest.approx(0.003 * 0.5)  # as the schedule has it after an epoch
     assert len(model["params"]) == 4
 
 

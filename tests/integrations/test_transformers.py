@@ -65,8 +65,8 @@ def by_hand(pull, batches, divisor) -> nn.Module:
     steps = len(batches) // accumulate
     for number, batch in enumerate(batches):
         step = number // accumulate
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 * (1 - step / steps)
+        for group, rate in zip(optimizer.param_groups, [0.05, 0.05, 0.01], strict=True):
+            group["lr"] = rate * (1 - step / steps)
         (model(**batch).loss / share).backward()
         if (number + 1) % accumulate == 0:
             clustering.loss().backward()

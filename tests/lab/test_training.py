@@ -199,9 +199,10 @@ def test_what_happens_half_way_is_kept_in_one_epoch(tmp_path: Path):
 @pytest.mark.parametrize(
     ("images", "size", "steps"), [(20, 8, 3), (17, 8, 2), (16, 8, 2), (1, 8, 0)]
 )
-def test_the_schedule_counts_the_batches_there_are(images: int, size: int, steps: int):
-    one = job()
-    data = one.data.subset(train=images)
+def test_the_schedule_counts_the_batches_there_are(
+    images: int, size: int, steps: int, tmp_path: Path
+):
+    data = job().data.subset(train=images)
     assert steps_per_epoch(data, size) == steps
     if steps:
         counted = []
@@ -210,7 +211,8 @@ def test_the_schedule_counts_the_batches_there_are(images: int, size: int, steps
             def step(self, metrics: dict[str, Any]) -> None:
                 counted.append(metrics)
 
-        job(data=data, epochs=1, batch_size=size)._epoch(0, one._optimizer(), Count())
+        one = job(data=data, epochs=1, batch_size=size)
+        one.run(tmp_path / "checkpoint.pt", progress=Count())
         assert len(counted) == steps
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from . import _eager
 
@@ -163,7 +164,7 @@ def _convolve_context(ctx, inputs, output):
 def _convolve_backward(ctx, gradient):
     packed, codebook = ctx.saved_tensors
     weight = decode(packed, codebook, ctx.shape, ctx.axis)
-    back = torch.nn.grad.conv2d_input(ctx.size, weight, gradient, *ctx.how)
+    back = conv2d_input(ctx.size, weight, gradient, *ctx.how)
     return back, *[None] * 7
 
 

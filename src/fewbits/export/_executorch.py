@@ -60,7 +60,7 @@ def executorch(
             differ. Nothing is written in any of these cases.
     """
     with needs("executorch"), _quiet():
-        import executorch.exir
+        import executorch.exir  # pyright: ignore[reportMissingImports]
         import executorch.runtime  # noqa: F401  # pyright: ignore[reportMissingImports]
     path = Path(path)
     check_path(path)
@@ -123,7 +123,9 @@ def _program(prepared: Ready, batch: int) -> bytes:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
             XnnpackPartitioner,
         )
-        from executorch.exir import to_edge_transform_and_lower
+        from executorch.exir import (  # pyright: ignore[reportMissingImports]
+            to_edge_transform_and_lower,
+        )
 
         try:
             traced = torch.export.export(prepared.model, inputs)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import _processes
-from .._clustering import Clustering
+from .._clustering import HIGHEST_CODEBOOK_LR, Clustering
 from .._errors import PlanError
 from .._plan import unwrapped
 
@@ -45,7 +45,8 @@ def separate_codebooks(
     Args:
         optimizers: those of the loop, before they have a state.
         clustering: attached to the model they train.
-        codebook_lr: learning rate of the representatives; as the group they were in if not given.
+        codebook_lr: learning rate of the representatives; if not given, as the group they were in,
+            but 0.01 at most.
         schedulers: learning-rate schedulers that were made for the optimizers already.
 
     Raises:
@@ -69,8 +70,9 @@ def separate_codebooks(
                     _follow(scheduler, optimizer, number)
                 group = optimizer.param_groups[-1]
             group["weight_decay"] = 0.0
-            if codebook_lr is not None:
-                _set_rate(group, codebook_lr)
+            rate = group.get("initial_lr", group["lr"])
+            rate = min(rate, HIGHEST_CODEBOOK_LR) if codebook_lr is None else codebook_lr
+            _set_rate(optimizer, group, rate, schedulers)
     if ours:
         raise PlanError(
             f"{len(ours)} of the codebooks are in no optimizer ({next(iter(ours.values()))} first),"
@@ -79,10 +81,26 @@ def separate_codebooks(
         )
 
 
-def _set_rate(group: dict[str, Any], lr: float) -> None:
-    group["lr"] = lr
+def _set_rate(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], lr: float, schedulers: Iterable[Any]
+) -> None:
+    """In place: give a group a learning rate that its schedulers start from, wherever they are."""
+    initial = group.get("initial_lr", group["lr"])
+    group["lr"] = lr * group["lr"] / initial if initial else lr
     if "initial_lr" in group:
         group["initial_lr"] = lr
+    number = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+    for scheduler in schedulers:
+        _start_from(scheduler, optimizer, number, lr)
+
+
+def _start_from(scheduler: Any, optimizer: torch.optim.Optimizer, number: int, lr: float) -> None:
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs[number] = lr
+    for inner in getattr(scheduler, "_schedulers", ()):  # a chain or a sequence of them
+        _start_from(inner, optimizer, number, lr)
 
 
 def _follow(scheduler: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
