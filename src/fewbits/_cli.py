@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from . import _cli_export, _cli_files, _cli_study
-from ._errors import FewbitsError, PlanError
+from ._errors import FewbitsError, PlanError, refused_by_the_machine
 
 EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 70, 130
 
@@ -240,18 +240,20 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
     data = load(config.data, image_size=config.image_size, progress=bar)
     comparison = Comparison(config, folder, data.to(device), device, progress)
     comparison.check()  # before an earlier run is replaced
-    if not options["resume"]:
-        _folder.create(folder, config.to_toml(), "fewbits " + shlex.join(sys.argv[1:]))
-    try:
-        rows = comparison.run(command=_folder.command_of(folder))
-    except KeyboardInterrupt:
-        progress.close()
-        again = f"fewbits compare --resume {shlex.quote(str(folder))}"
-        print(f"fewbits: stopped. Go on with: {again}", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    finally:
-        progress.close()
-    write_report(folder)
+    with _folder.held(folder):
+        if not options["resume"]:
+            _folder.check(folder, overwrite=options["overwrite"])  # nor was one begun meanwhile
+            _folder.create(folder, config.to_toml(), "fewbits " + shlex.join(sys.argv[1:]))
+        try:
+            rows = comparison.run(command=_folder.command_of(folder))
+        except KeyboardInterrupt:
+            progress.close()
+            again = f"fewbits compare --resume {shlex.quote(str(folder))}"
+            print(f"fewbits: stopped. Go on with: {again}", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        finally:
+            progress.close()
+        write_report(folder)
     return rows
 
 
@@ -292,6 +294,9 @@ def run(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
+        if refused := refused_by_the_machine(error):
+            print(f"fewbits: {refused}", file=sys.stderr)
+            raise SystemExit(EXIT_REFUSED) from None
         print(
             f"fewbits: internal error: {type(error).__name__}: {str(error).splitlines()[:1]}."
             " Re-run with --debug for the traceback, and please report it.",

@@ -41,9 +41,10 @@ def study(file: Path, out: Path | None, **options: Any) -> None:
     _open(folder, file)
     queue = Queue(folder, what.name, options["storage"])
     try:
-        if not options["report"]:
-            _work(what, folder, queue, options)
-        _finish(what, folder, queue, file, options)
+        with queue.guarded():
+            if not options["report"]:
+                _work(what, folder, queue, options)
+            _finish(what, folder, queue, file, options)
     finally:
         queue.close()
 
