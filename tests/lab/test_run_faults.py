@@ -1,6 +1,6 @@
 """Runs and studies that meet with a fault: nothing is lost, and the end is as if it had not been.
 
-benchmarks/faults.py has the faults that take processes of their own; here each strikes once or twice.
+benchmarks/faults.py has the faults that take processes of their own; here each strikes once.
 """
 
 import json
@@ -89,7 +89,7 @@ def test_a_cell_whose_process_seems_dead_and_is_not_is_recorded_once(tmp_path: P
         (MemoryError(), "out of memory. Lower --batch-size"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-            "out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried). ",
+            "out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried).",
         ),
         (OSError(28, "No space left on device", "m.bin"), "m.bin: No space left on device. Free"),
         (RuntimeError("shapes do not match"), None),
