@@ -93,7 +93,7 @@ def cluster(
     Raises:
         PlanError: if the model cannot be clustered so, or is clustered already.
 
-    Example:
+    Examples:
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
         fewbits.integrations.transformers.cluster(trainer, bits=3)
         trainer.train()
