@@ -38,10 +38,12 @@ _LATE = (
     "matplotlib.backends.backend_svg", "matplotlib.backends.backend_pdf", "matplotlib.figure",
     "zstandard",
 )  # fmt: skip
-TRAINING = (
-    "compare --data digits --train-images 100 --batch-size 50 --width 0.1 --epochs 6"
-    " --finetune-epochs 6 --methods kmeans,penalty-snapped --k 2,4 --out run --quiet"
-).split()
+TRAINING: list[str] = [
+    *(
+        "compare --data digits --train-images 100 --batch-size 50 --width 0.1 --epochs 6"
+        " --finetune-epochs 6 --methods kmeans,penalty-snapped --k 2,4 --out run --quiet"
+    ).split()
+]
 RESUME = ["compare", "--resume", "run", "--quiet"]
 STUDY = ["study", "grid.toml", "--out", "run", "--quiet"]
 GRID = (
@@ -320,7 +322,7 @@ def clock(moments: int, root: Path) -> Row:
         folder = root / str(number)
         must_end_well(folder, fork(folder, jumping))
         for path in (folder / "run").rglob("*"):
-            os.utime(path, (2e9 - len(path.name),) * 2)
+            os.utime(path, (2e9 - len(path.name), 2e9))
         for late in ("rows.json", "jobs/penalty-snapped-k4-seed0/result.json"):
             (folder / "run" / late).unlink()
         must_end_well(folder, cli(folder, RESUME))

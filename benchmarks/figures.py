@@ -174,7 +174,8 @@ def training() -> tuple[list[Frame], float]:
 
     def keep() -> None:
         counts = torch.histc(weight.detach(), BINS, -span, span)
-        book: Tensor = dict(model.named_parameters()).get("1.weight_codebook", weight.unique())
+        own = [p for name, p in model.named_parameters() if name == "1.weight_codebook"]
+        book = own[0] if own else weight.unique()
         frames.append(Frame(step, counts.int().tolist(), book.detach().sort().values.tolist()))
 
     for epoch in range(EPOCHS):
