@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 import fewbits
