@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed-$(subst /,_,$(subst $() ,_,$(TORCH)))
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check docs dist setup clean
 
 demo: setup
 	$(BIN)/fewbits compare --data digits --bits 1,2 --seed 0-2 --methods kmeans,kmeans-finetuned,penalty,penalty-snapped --out runs/demo --overwrite $(ARGS)
@@ -19,6 +19,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: setup
+	PYTHON=$(BIN)/python TORCH='$(TORCH)' .ci/dist
+
 setup: $(STAMP)
 
 # One pip call for torch and fewbits, so that torch is resolved once, within both requirements.
@@ -30,4 +36,4 @@ $(STAMP): pyproject.toml setup.py $(wildcard src/fewbits/*/*.[ch])
 	touch '$@'
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis

@@ -61,8 +61,9 @@ def cited_equations(text):
 )
 @page
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
-    module = types.ModuleType(page.stem)
-    monkeypatch.setitem(sys.modules, page.stem, module)  # dataclasses look their module up
+    name = f"page_{page.stem}"  # a page may be called as a package is
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     monkeypatch.chdir(tmp_path)
     for line, code in blocks(page, "python"):
         exec(compile("\n" * line + code, str(page), "exec"), vars(module))

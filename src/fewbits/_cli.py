@@ -8,21 +8,46 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import _cli_export, _cli_files, _cli_study
-from ._errors import FewbitsError, PlanError
+from ._errors import FewbitsError, PlanError, refused_by_the_machine
 
 EXIT_REFUSED, EXIT_BUG, EXIT_INTERRUPTED = 1, 70, 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _InOrder(click.Group):
+    """A group whose help lists commands as a newcomer meets them, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in _ORDER if name in self.commands]
+
+
+_ORDER = (
+    "train", "compare", "study", "quantize", "inspect", "diff", "unpack", "export", "bench",
+)  # fmt: skip
+
+
+@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fewbits")
 def cli() -> None:
-    """Train PyTorch networks whose weights cluster on a few learned values."""
+    """Train PyTorch networks whose weights cluster on a few learned values.
+
+    \b
+    First steps:
+      fewbits train                                   a minute on handwritten digits
+      fewbits train --bits 1                          the same at one bit per weight
+      fewbits quantize model.safetensors -o model.fewbits --bits 4
+                                                      a checkpoint you have, no training
+      fewbits inspect model.fewbits                   what the file holds
+
+    `fewbits COMMAND --help` has examples and every option. Settings may also stand in a
+    TOML file, --config. Anything that prints a table prints JSON with --json.
+    """  # noqa: D301 (click wants the backspace itself)
 
 
 for _command in (*_cli_files.COMMANDS, *_cli_export.COMMANDS, _cli_study.study):
@@ -128,7 +153,7 @@ class _WithNames(click.Command):
             formatter.write_text(", ".join(REGULARIZERS))
 
 
-@cli.command(cls=_WithNames)
+@cli.command(cls=_WithNames, short_help="Train a network on few values, beside k-means.")
 @click.option("--method", help="The method to train with; see below.")
 @_run_options
 def train(method: str | None, **options: Any) -> None:
@@ -143,7 +168,7 @@ def train(method: str | None, **options: Any) -> None:
     _compare(settings, options)
 
 
-@cli.command(cls=_WithNames)
+@cli.command(cls=_WithNames, short_help="Compare methods, numbers of values and seeds.")
 @click.option("--methods", callback=_words, help="Names with commas between them; see below.")
 @_run_options
 def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
@@ -151,6 +176,9 @@ def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
 
     \b
     fewbits compare --methods kmeans,penalty,penalty-snapped --bits 1,2,4 --seed 0-2
+    fewbits compare --data photos/ --model torchvision:resnet18 --k 3,16 --json > rows.json
+    fewbits compare --config mine.toml --out runs/mine
+    fewbits compare --resume runs/mine                # after Ctrl-C, a crash or a kill
     """  # noqa: D301 (click wants the backspace itself)
     _compare({} if methods is None else {"methods": methods}, options)
 
@@ -169,7 +197,13 @@ def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an internal error.")
 def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, **how: Any) -> None:
-    """Measure what the pull costs on this machine."""
+    """Measure what the pull costs on this machine.
+
+    \b
+    fewbits bench                                    # VGG16, batch 32; some minutes
+    fewbits bench --model convnet --batch 64 --k 4   # a small network
+    OMP_NUM_THREADS=1 fewbits bench --peers --k 16   # and what DKM, PARQ and LSQ cost
+    """  # noqa: D301
     from .lab import bench as lab
 
     if min(batch, weights, *k) < 1 or max(k) > 65_536 or pairs < 2:
@@ -235,7 +269,7 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
     from .lab.device import pick_device
 
     device = pick_device(options["device"])
-    with _processes.together(device):
+    with _processes.together(device), ExitStack() as stack:
         resume = options["resume"] or _processes.in_first(
             lambda: _folder.restarted(folder, config.to_toml())
         )
@@ -247,10 +281,19 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
             data = load(config.data, image_size=config.image_size, progress=None if quiet else each)
         comparison = Comparison(config, folder, data.to(device), device, progress)
         comparison.check()  # before an earlier run is replaced
+        _processes.in_first(lambda: stack.enter_context(_folder.held(folder)))
         if not resume:
             command = "fewbits " + shlex.join(sys.argv[1:])
-            _processes.in_first(lambda: _folder.create(folder, config.to_toml(), command))
+            _processes.in_first(lambda: _begin(folder, config, command, options["overwrite"]))
         return _carried_out(comparison, progress)
+
+
+def _begin(folder: Path, config: Any, command: str, overwrite: bool) -> None:
+    """Make the run's folder, now that it is held."""
+    from .lab import _folder
+
+    _folder.check(folder, overwrite=overwrite)  # nor was a run begun meanwhile
+    _folder.create(folder, config.to_toml(), command)
 
 
 def _carried_out(comparison: Any, progress: Any) -> list[dict[str, Any]]:
@@ -284,6 +327,13 @@ def _print_rows(rows: list[dict[str, Any]], folder: Path, *, as_json: bool) -> N
     print(f"report: {folder / 'report.html'}")
 
 
+def _in_a_line(error: click.ClickException) -> str:
+    """Return what click says of a wrong option or argument, and whose help has the right ones."""
+    said = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    return f"{said} `{context.command_path} --help` lists what there is." if context else said
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line: errors are one line on stderr and an exit code.
 
@@ -295,8 +345,11 @@ def run(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         cli.main(args=words, prog_name="fewbits", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        print(f"fewbits: {_in_a_line(error)}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except click.Abort:
         raise SystemExit(EXIT_INTERRUPTED) from None
@@ -311,6 +364,9 @@ def run(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in words:
             traceback.print_exc()
+        if refused := refused_by_the_machine(error):
+            print(f"fewbits: {refused}", file=sys.stderr)
+            raise SystemExit(EXIT_REFUSED) from None
         print(
             f"fewbits: internal error: {type(error).__name__}: {str(error).splitlines()[:1]}."
             " Re-run with --debug for the traceback, and please report it.",

@@ -30,7 +30,7 @@ def _shape(context: Any, parameter: Any, text: str | None) -> tuple[int, int, in
     return channels, height, width
 
 
-@click.command()
+@click.command(short_help="Write a fewbits file for ONNX, OpenVINO or Core ML.")
 @click.argument("file", type=_PATH)
 @click.option("--to", "target", type=click.Choice(_TARGETS), required=True, help="The runtime.")
 @click.option("-o", "--output", type=_PATH, required=True, help="The file or package to write.")
@@ -70,7 +70,7 @@ def export(file: Path, target: str, output: Path, overwrite: bool, **how: Any) -
         from ._checkpoint import unpack
 
         unpack(file, output)
-        _say_sizes(file, output)
+        _say_sizes(file, output, how["as_json"])
         return
     model, inputs = _prepared(file, how)
     from . import export as targets

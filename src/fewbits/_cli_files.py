@@ -15,7 +15,7 @@ from ._errors import FileError, PlanError, printable
 _PATH = click.Path(path_type=Path)
 _quiet = click.option("--quiet", is_flag=True, help="No progress bars.")
 _debug = click.option("--debug", is_flag=True, help="Show the traceback of an internal error.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace the file in --output.")
 
 
@@ -57,6 +57,7 @@ def inspect(file: Path, as_json: bool, debug: bool) -> None:
 
     \b
     fewbits inspect model.fewbits
+    fewbits inspect model.safetensors --json | jq '.tensors[].name'
 
     `fixed` and `file` are bits per weight: of an index of fixed width, and of the file.
     """  # noqa: D301 (click wants the backspace itself)
@@ -101,6 +102,7 @@ def diff(a: Path, b: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
     \b
     fewbits diff before.safetensors after.fewbits
+    fewbits diff --json a.fewbits b.fewbits
     """  # noqa: D301
     from ._checkpoint import differences
 
@@ -153,6 +155,7 @@ def diff(a: Path, b: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     show_default=True, help="Fewest bytes, fastest to decode, or a fixed width.",
 )  # fmt: skip
 @_overwrite
+@_json
 @_quiet
 @_debug
 def quantize(checkpoint: Path, output: Path, bits: int | None, k: int | None, **rest: Any) -> None:
@@ -171,20 +174,22 @@ def quantize(checkpoint: Path, output: Path, bits: int | None, k: int | None, **
     count = values_for(bits, k)
     _check_output(output, rest.pop("overwrite"))
     rest.pop("debug")
+    as_json = rest.pop("as_json")
     progress = _bar("quantizing", rest.pop("quiet"))
     from ._checkpoint import quantize_checkpoint
 
     quantize_checkpoint(checkpoint, output, k=count, progress=progress, **rest)
-    _say_sizes(checkpoint, output)
+    _say_sizes(checkpoint, output, as_json)
 
 
 @click.command()
 @click.argument("file", type=_PATH)
 @_output("The safetensors file to write.")
 @_overwrite
+@_json
 @_quiet
 @_debug
-def unpack(file: Path, output: Path, overwrite: bool, quiet: bool, debug: bool) -> None:
+def unpack(file: Path, output: Path, overwrite: bool, as_json: bool, quiet: bool, **_: Any) -> None:
     """Write the tensors of a fewbits file as a dense safetensors file.
 
     \b
@@ -194,11 +199,15 @@ def unpack(file: Path, output: Path, overwrite: bool, quiet: bool, debug: bool) 
 
     _check_output(output, overwrite)
     unpack_file(file, output, progress=_bar("unpacking", quiet))
-    _say_sizes(file, output)
+    _say_sizes(file, output, as_json)
 
 
-def _say_sizes(source: Path, target: Path) -> None:
+def _say_sizes(source: Path, target: Path, as_json: bool) -> None:
     before, after = source.stat().st_size, target.stat().st_size
+    if as_json:
+        files = [{"path": str(path), "bytes": path.stat().st_size} for path in (source, target)]
+        print(json.dumps({"source": files[0], "target": files[1]}, indent=1))
+        return
     ratio, word = max(before, after) / min(before, after), "smaller" if after < before else "larger"
     print(f"{source}: {before:,} bytes; {target}: {after:,} bytes, {ratio:.2f} times {word}")
 

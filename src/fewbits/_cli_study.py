@@ -13,7 +13,7 @@ from ._errors import FileError
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
-@click.command()
+@click.command(short_help="Do a grid of trainings from a file; go on where it stopped.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Folder; runs/FILE if not given.")
 @click.option("--storage", help="Database URL that several machines share; study.db in --out.")
@@ -41,9 +41,10 @@ def study(file: Path, out: Path | None, **options: Any) -> None:
     _open(folder, file)
     queue = Queue(folder, what.name, options["storage"])
     try:
-        if not options["report"]:
-            _work(what, folder, queue, options)
-        _finish(what, folder, queue, file, options)
+        with queue.guarded():
+            if not options["report"]:
+                _work(what, folder, queue, options)
+            _finish(what, folder, queue, file, options)
     finally:
         queue.close()
 

@@ -56,7 +56,7 @@ class Clustering:
         PlanError: if the model, the numbers or the rules do not allow it.
         CodebookError: if a selected weight is not finite.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Linear(8, 4)
         >>> clustering = fewbits.Clustering(model, bits=1)
         >>> optimizer = torch.optim.SGD(clustering.param_groups(lr=0.1))

@@ -1,6 +1,7 @@
 """The errors fewbits raises, and the nearest-name hint they carry."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -21,6 +22,32 @@ class CodebookError(FewbitsError):
 
 class FileError(FewbitsError):
     """A file, folder, image, checkpoint or config that cannot be read or must not be written."""
+
+
+def refused_by_the_machine(error: BaseException) -> str | None:
+    """Return one line on an error that is the machine's and no bug: memory, disk, rights.
+
+    Args:
+        error: whatever was raised.
+
+    Returns:
+        what happened and what to do, or None for other errors.
+    """
+    said = next(iter(str(error).splitlines()), "")
+    # torch has an exception of its own for GPUs only, and its allocators word it differently.
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    refused = isinstance(error, RuntimeError) and re.search(
+        r"can't allocate memory|not enough memory|failed to allocate", said, re.IGNORECASE
+    )
+    if memory or refused:
+        return (
+            f"out of memory{f' ({printable(said, 200)})' if said else ''}. Lower --batch-size or"
+            " --width, or give it more memory; what is finished is kept."
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}. Free space, or choose a folder that can be written to."
+    return None
 
 
 def printable(text: str, most: int = 500) -> str:

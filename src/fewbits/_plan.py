@@ -172,7 +172,7 @@ def plan(
         PlanError: if a number is out of range, a pattern matches no layer with parameters, a rule
             has an unknown key, the model is clustered already, or nothing is left to cluster.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2))
         >>> print(fewbits.plan(model, bits=2, overrides={"1": {"k": 3}}))
         weight    shape  k  bits  granularity

@@ -122,7 +122,7 @@ def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
         PlanError: if there is no such `activations`; or "int8" fits no layer, and the model
             computes in floats.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64), torch.nn.ReLU())
         >>> _ = fewbits.quantize(model, bits=4)
         >>> memory = fewbits.compressed.compress(model)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,21 +73,6 @@ def test_a_file_that_grows_too_large_is_refused(tmp_path: Path):
     said = program(tmp_path, "short").splitlines()
     assert "m.fewbits: cannot be written (File too large)" in said[0]
     assert said[1:] == ["['m.fewbits']"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KB in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if not sys.platform.startswith("linux") or os.getuid() != 0:
-        pytest.skip("only root on Linux can mount a file system")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("kind", ["clustered", "dense", "both"])

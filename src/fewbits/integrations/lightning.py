@@ -36,7 +36,7 @@ class FewbitsCallback(pl.Callback):
         PlanError: at the beginning of `fit`, if the model cannot be clustered so, was clustered
             or hardened before, or optimizes by hand.
 
-    Example:
+    Examples:
         trainer = Trainer(max_epochs=30, callbacks=[FewbitsCallback(bits=2)])
         trainer.fit(module, loader)
         fewbits.save(module, "module.fewbits")

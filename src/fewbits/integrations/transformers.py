@@ -97,7 +97,7 @@ def cluster(
         PlanError: if the model cannot be clustered so, is clustered already, or would be made
             anew by `train`; from `train`, if it has hardened the model before.
 
-    Example:
+    Examples:
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
         fewbits.integrations.transformers.cluster(trainer, bits=3)
         trainer.train()

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 
 from .. import _processes
-from ._folder import fingerprint, load_state
+from ._folder import fingerprint, held, load_state
 from ._jobs import Jobs
 from .config import Config
 from .data import Augment, ImageData
@@ -75,9 +74,9 @@ class Floats:
         name = f"float-continued-seed{seed}" if continued else f"float-seed{seed}"
         if self.folder is None:
             return self._get(self.jobs, name, seed, continued)
-        jobs = Jobs(self.folder(self.config, continued), self.jobs.progress)
-        jobs.path(name).mkdir(parents=True, exist_ok=True)
-        with FileLock(jobs.path(name) / "lock"):
+        jobs = Jobs(self.folder(self.config, continued), self.jobs.progress, metrics=False)
+        with held(jobs.path(name), wait=True):
+            jobs.sweep(name)
             return self._get(jobs, name, seed, continued)
 
     def _get(self, jobs: Jobs, name: str, seed: int, continued: bool) -> dict[str, Any]:

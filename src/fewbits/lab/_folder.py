@@ -5,11 +5,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -22,6 +24,8 @@ _CONTENTS = (
     "config.toml",
 )  # fmt: skip
 _FIRST_WORD = "# fewbits "
+# Held by the process that works in a folder; the system lets go of it when that process dies.
+_LOCK = ".lock"
 # As `fill_atomically` names what it has not finished.
 _HALF_WRITTEN = re.compile(rf"\..+\.\d+-\d+{re.escape(TEMPORARY)}")
 
@@ -57,6 +61,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's way to say that the disk is full
+            file.flush()  # says so in the system's words, where something is left to be written
             raise OSError(str(error).partition("\n")[0]) from error
 
     fill_atomically(path, fill)
@@ -101,7 +106,9 @@ def is_vacant(folder: Path) -> bool:
     """Whether a folder is missing, empty, or holds no more than a run that just begins there."""
     if not folder.exists():
         return True
-    return folder.is_dir() and all(_HALF_WRITTEN.fullmatch(f.name) for f in folder.iterdir())
+    return folder.is_dir() and all(
+        f.name == _LOCK or _HALF_WRITTEN.fullmatch(f.name) for f in folder.iterdir()
+    )
 
 
 def check(folder: Path, *, overwrite: bool) -> None:
@@ -131,6 +138,36 @@ def check(folder: Path, *, overwrite: bool) -> None:
             f"{folder}: holds no run (no config.toml of fewbits), so it is not overwritten."
             " Choose another --out."
         )
+
+
+@contextmanager
+def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder while working in it, so that no other process does; it is made if missing.
+
+    Args:
+        folder: of a run or a cell.
+        wait: whether to wait for another process that holds it, instead of refusing.
+
+    Raises:
+        FileError: if another process holds it, or it cannot be written to.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise FileError(
+            f"{folder}: another process is at work here. Wait until it has ended, or choose"
+            " another --out."
+        ) from None
+    except OSError as error:
+        raise FileError(
+            f"{folder}: cannot be written to ({error.strerror}). Choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def create(folder: Path, config: str, command: str) -> None:
@@ -175,9 +212,14 @@ def restarted(folder: Path, config: str) -> bool:
     return path.exists() and path.read_text().partition("\n")[2] == config
 
 
-def sweep(folder: Path) -> None:
-    """Delete the half-written files that a killed run left in its folder."""
-    for path in folder.rglob(f".*{TEMPORARY}"):
+def sweep(folder: Path, name: str = "*") -> None:
+    """Delete the half-written files that a killed run left in its folder.
+
+    Args:
+        folder: where, folders within it too.
+        name: a glob on the names that the files would have had.
+    """
+    for path in folder.rglob(f".{name}{TEMPORARY}"):
         if _HALF_WRITTEN.fullmatch(path.name):
             path.unlink(missing_ok=True)
 

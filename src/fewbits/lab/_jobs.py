@@ -1,5 +1,6 @@
 """The jobs of a run folder: what is finished, and what one that finishes leaves."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import nn
 
 from .. import _processes
 from .._file import write_atomically
-from ._folder import read_json, save_state, write_json
+from ._folder import read_json, save_state, sweep, write_json
 from ._recorder import Recorder
 from .progress import Progress
 from .training import Job
@@ -22,10 +23,13 @@ class Jobs:
     Attributes:
         folder: the run's.
         progress: told of every step and epoch.
+        metrics: whether to write metrics.jsonl for all jobs; not where processes share the folder,
+            each at a job of its own.
     """
 
     folder: Path
     progress: Progress
+    metrics: bool = True
 
     def path(self, name: str) -> Path:
         """Return the folder of a job."""
@@ -44,6 +48,11 @@ class Jobs:
             return read_json(path) if both else None
 
         return _processes.in_first(read)
+
+    def sweep(self, name: str) -> None:
+        """Delete what a killed process left half-written of a job, and of no other one."""
+        sweep(self.path(name))
+        sweep(self.folder / "models", f"{name}.*")
 
     def train(self, job: Job, during: Any = None) -> None:
         """In place: train a job's network, from its checkpoint on if there is one."""
@@ -67,10 +76,12 @@ class Jobs:
         return result
 
     def write_metrics(self) -> None:
-        """Write metrics.jsonl: one line per finished epoch of every job."""
+        """Write metrics.jsonl: one line per finished epoch of every job, as they were begun."""
+        if not self.metrics:
+            return
         lines = []
-        for path in sorted((self.folder / "jobs").glob("*/history.json"), key=_age):
-            name = path.parent.name
+        for name in self._begun():
+            path = self.path(name) / "history.json"
             head, _, seed = name.rpartition("-seed")
             method, _, k = head.rpartition("-k")
             about = {"job": name, "method": method or "float", "k": int(k) if method else None}
@@ -80,6 +91,15 @@ class Jobs:
                 lines.append(json.dumps(about | kept) + "\n")
         write_atomically(self.folder / "metrics.jsonl", "".join(lines).encode())
 
+    def _begun(self) -> list[str]:
+        """Return the jobs that have a history, in the order in which metrics.jsonl met them.
 
-def _age(path: Path) -> tuple[float, str]:
-    return path.stat().st_mtime, str(path)
+        Times of files would do until somebody sets the clock.
+        """
+        known: dict[str, None] = {}
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                known = {json.loads(line)["job"]: None for line in path.read_text().splitlines()}
+        found = sorted(path.parent.name for path in (self.folder / "jobs").glob("*/history.json"))
+        return [name for name in known if name in found] + [n for n in found if n not in known]

@@ -1,6 +1,7 @@
 """What is written down as a job goes: its history, the run's metrics, TensorBoard's events."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,34 @@ class Recorder(Progress):
         write_json(self.folder / "history.json", history)
         self.write_metrics()
         if self.events and history:
-            for name in _SCALARS:
-                if history[-1].get(name) is not None:
-                    self.events.add_scalar(name, history[-1][name], history[-1]["epoch"])
-            self.events.flush()
+            with self._best_effort():
+                for name in _SCALARS:
+                    if history[-1].get(name) is not None:
+                        self.events.add_scalar(name, history[-1][name], history[-1]["epoch"])
+                self.events.flush()
         self.listener.epoch(job, history)
 
     def end(self) -> None:
         """Close the events; pass on."""
         if self.events:
-            self.events.close()
+            with self._best_effort():
+                self.events.close()
         self.listener.end()
+
+    @contextmanager
+    def _best_effort(self) -> Iterator[None]:
+        """Do without TensorBoard's events from now on if they cannot be written: all is kept."""
+        try:
+            yield
+        except OSError:
+            self.events = None
 
 
 def _events(folder: Path) -> Any:
-    """Return a writer of TensorBoard's events, or None where TensorBoard is not installed."""
+    """Return a writer of TensorBoard's events, or None where there can be none."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+
+        return SummaryWriter(str(folder))
+    except (ImportError, OSError):
         return None
-    return SummaryWriter(str(folder))

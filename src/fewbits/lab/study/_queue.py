@@ -7,14 +7,14 @@ its row once it is done. Optuna hands each waiting trial to one process only.
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..._errors import FewbitsError, FileError
+from ..._errors import FewbitsError, FileError, refused_by_the_machine
 from ._cells import Cell
 
 # Seconds between two signs of life of a process, and after how long without one it counts as dead.
@@ -42,13 +42,19 @@ class Queue:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._pruned = optuna.TrialPruned()
         self._states = optuna.trial.TrialState
+        self._broken = optuna.exceptions.StorageInternalError
         self._stale = optuna.storages.fail_stale_trials
         self._workers = folder / "workers"
-        self._workers.mkdir(parents=True, exist_ok=True)
         self.worker = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._lock = FileLock(self._workers / f"{self.worker}.lock")
-        self._lock.acquire()
-        where = url or f"sqlite:///{(folder / 'study.db').resolve()}"
+        try:
+            self._workers.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except OSError as error:
+            raise FileError(
+                f"{self._workers}: cannot be written to ({error.strerror}). Choose another --out."
+            ) from error
+        self._where = where = url or f"sqlite:///{(folder / 'study.db').resolve()}"
         try:
             with FileLock(folder / "study.lock"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # heartbeats are marked experimental
@@ -61,7 +67,26 @@ class Queue:
         except Exception as error:  # SQLAlchemy and its drivers raise many kinds
             self.close()
             raise FileError(
-                f"{where}: the storage cannot be opened ({_one_line(error)})."
+                f"{where}: the storage cannot be opened ({_driver_says(error)})."
+            ) from error
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Say in one line what the storage refuses: a full disk, a lost connection.
+
+        Raises:
+            FileError: with the reason; what was recorded before is kept.
+        """
+        try:
+            yield
+        except Exception as error:
+            # Optuna's own error is often hidden behind one that it causes.
+            broken = next((e for e in _chain(error) if isinstance(e, self._broken)), None)
+            if broken is None:
+                raise
+            raise FileError(
+                f"{self._where}: the storage failed ({_driver_says(broken)}). Mend it, and run the"
+                " same command to go on."
             ) from error
 
     def close(self) -> None:
@@ -160,8 +185,10 @@ class Queue:
         """
         if not self._trials(self._states.WAITING):
             return False
+        at: list[int] = []
 
         def objective(trial: Any) -> float:
+            at.append(trial.number)
             key = trial.user_attrs.get("cell")
             if key not in cells or self._twin(key, trial.number):
                 # Nothing waited any more, the file has changed since, or two processes enqueued
@@ -176,8 +203,13 @@ class Queue:
             trial.set_user_attr("result", result)
             return accuracy
 
-        # It also gives signs of life meanwhile.
-        self._study.optimize(objective, n_trials=1, catch=(Exception,))
+        try:  # it also gives signs of life meanwhile
+            self._study.optimize(objective, n_trials=1, catch=(Exception,))
+        except Exception:
+            # Another process took this one for dead, when a clock was set, and the cell with it.
+            # It waits again; what was trained lies in its folder.
+            if not any(trial.number in at for trial in self._trials(self._states.FAIL)):
+                raise
         return True
 
     def _twin(self, key: str, number: int) -> bool:
@@ -188,6 +220,21 @@ class Queue:
         )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, FewbitsError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, FewbitsError):
+        return text
+    return refused_by_the_machine(error) or f"{type(error).__name__}: {text}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it came from, the first of them last."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _driver_says(error: BaseException) -> str:
+    """Return what the database said, without the statement that it refused."""
+    return _one_line(list(_chain(error))[-1])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .._floats import shared_folder
+from .._folder import held, sweep
 from ..compare import Comparison, environment
 from ..data import ImageData
 from ..progress import Progress
@@ -65,7 +66,11 @@ class Worker:
         names = ("method", "k", "seed", *self.study.axes)
         name = " ".join(f"{name}={settings[name]}" for name in names)
         try:
-            done = self._comparison(cell).cell(cell.method, cell.k, cell.seed)
+            comparison = self._comparison(cell)
+            # Taken for dead by mistake, when a clock was set, another process may still be at it.
+            with held(comparison.folder, wait=True):
+                sweep(comparison.folder)
+                done = comparison.cell(cell.method, cell.k, cell.seed)
         except Exception as error:
             self.said(f"{name}: failed: {error}")
             raise
