@@ -164,7 +164,7 @@ def training() -> tuple[list[Frame], float]:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     steps = EPOCHS * (len(data.train_labels) // BATCH + 1)
     ramp = schedules.cubic(0.0, 4.0, start=steps // 6, steps=int(0.75 * steps))
-    pull = fewbits.Penalty(ramp, even_rate=True)
+    pull = fewbits.Penalty(ramp)
     clustering = fewbits.Clustering(model, bits=2, pull=pull, snapped_forward=False)
     optimizer = torch.optim.SGD(clustering.param_groups(lr=0.02), momentum=0.9)
     weight = model.get_parameter("1.weight")

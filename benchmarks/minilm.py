@@ -131,7 +131,7 @@ def embed(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
 def distill(model: nn.Module, plan: fewbits.Plan, teacher: Tensor, batches: list) -> None:
     """In place: train the model to give the teacher's embeddings of the batches, then harden."""
     ramp = fewbits.schedules.cubic(0.0, 0.05, steps=STEPS)
-    clustering = fewbits.Clustering(model, plan=plan, pull=fewbits.Penalty(ramp, even_rate=True))
+    clustering = fewbits.Clustering(model, plan=plan, pull=fewbits.Penalty(ramp))
     groups = clustering.param_groups(lr=LR)
     optimizer = torch.optim.AdamW(groups)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))

@@ -66,7 +66,7 @@ def by_hand(pull, epochs=2, schedule=False, accumulate=1) -> nn.Sequential:
     clustering = fewbits.Clustering(model, bits=1, pull=pull)
     groups = clustering.param_groups(lr=0.1, weight_decay=0.01)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    rates = [0.1, 0.01]  # of weights and representatives
+    rates = [0.1, 0.002]  # of weights and representatives
     for epoch in range(epochs):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5**epoch if schedule else rate

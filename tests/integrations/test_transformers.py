@@ -65,7 +65,7 @@ def by_hand(pull, batches, divisor) -> nn.Module:
     steps = len(batches) // accumulate
     for number, batch in enumerate(batches):
         step = number // accumulate
-        for group, rate in zip(optimizer.param_groups, [0.05, 0.05, 0.01], strict=True):
+        for group, rate in zip(optimizer.param_groups, [0.05, 0.05, 0.002], strict=True):
             group["lr"] = rate * (1 - step / steps)
         (model(**batch).loss / share).backward()
         if (number + 1) % accumulate == 0:

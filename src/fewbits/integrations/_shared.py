@@ -46,7 +46,7 @@ def separate_codebooks(
         optimizers: those of the loop, before they have a state.
         clustering: attached to the model they train.
         codebook_lr: learning rate of the representatives; if not given, as the group they were in,
-            but 0.01 at most.
+            but 0.002 at most.
         schedulers: learning-rate schedulers that were made for the optimizers already.
 
     Raises:

@@ -206,9 +206,10 @@ class Queue:
         try:  # it also gives signs of life meanwhile
             self._study.optimize(objective, n_trials=1, catch=(Exception,))
         except Exception:
-            # Another process took this one for dead, when a clock was set, and the cell with it.
-            # It waits again; what was trained lies in its folder.
-            if not any(trial.number in at for trial in self._trials(self._states.FAIL)):
+            # Another process has ended the cell: it took this one for dead, when a clock was set,
+            # or both got the same. What was trained lies in its folder.
+            trials = self._study.get_trials(deepcopy=False)
+            if not any(t.number in at and t.state.is_finished() for t in trials):
                 raise
         return True
 
