@@ -219,9 +219,9 @@ class Clustering:
         Args:
             lr: learning rate of the model's parameters.
             weight_decay: weight decay of the model's parameters; representatives get none.
-            codebook_lr: learning rate of the representatives; if not given, `lr`, but 0.002 at most:
-                a representative moves for all its weights at once, and a network without batch
-                norm diverges at rates that suit single weights.
+            codebook_lr: learning rate of the representatives; if not given, `lr`, but at most
+                0.002: a representative moves for all its weights at once, and a network without
+                batch norm diverges at rates that suit single weights.
 
         Returns:
             [{"params": …, "lr": …, "weight_decay": …}, the same for the codebooks].
