@@ -218,7 +218,8 @@ def test_param_groups_hold_every_trainable_parameter_once():
     assert {id(p) for p in codebooks["params"]} == ours
     assert (weights["lr"], weights["weight_decay"]) == (0.1, 0.01)
     assert (codebooks["lr"], codebooks["weight_decay"]) == (0.02, 0.0)
-    assert clustering.param_groups(lr=0.003)[1]["lr"] == 0.003
+    assert clustering.param_groups(lr=0.001)[1]["lr"] == 0.001
+    assert clustering.param_groups(lr=0.1)[1]["lr"] == 0.002
 
 
 @settings(max_examples=10, deadline=None)

@@ -19,19 +19,21 @@ STEPS = 52  # beyond one look at the health of the codebooks
 # Of 10 rows in codebooks of 5 rows each, two processes hold 5, four hold 3, 3, 3 and 1.
 GROUPS: dict[str, Any] = {"granularity": "group", "channels_per_group": 5}
 CASES: dict[str, dict[str, Any]] = {
-    "penalty": {"pull": fewbits.Penalty(0.5), "snapped_forward": False},
-    "penalty, snapped": {"pull": fewbits.Penalty(0.5)},
+    "penalty": {"pull": fewbits.Penalty(0.5, even_rate=False), "snapped_forward": False},
+    "penalty, snapped": {"pull": fewbits.Penalty(0.5, even_rate=False)},
     "penalty, power 1, even rate": {
         "pull": fewbits.Penalty(0.002),
         "regularizer": Nearest(1),
         "plan": {"0": GROUPS | {"k": 5}, "2": {"granularity": "channel"}},
     },
     "penalty, per channel, snapped": {
-        "pull": fewbits.Penalty(0.5),
+        "pull": fewbits.Penalty(0.5, even_rate=False),
         "plan": {"0": GROUPS, "2": {"granularity": "channel"}},
     },
     "penalty, delayed": {
-        "pull": fewbits.Penalty(fewbits.schedules.linear(0.0, 0.5, steps=20, start=5))
+        "pull": fewbits.Penalty(
+            fewbits.schedules.linear(0.0, 0.5, steps=20, start=5), even_rate=False
+        )
     },
     "proximal": {"pull": fewbits.Proximal(0.02), "snapped_forward": False},
     "proximal, power 1, snapped": {
@@ -69,7 +71,7 @@ def kill_some(clustering: fewbits.Clustering) -> None:
 
 def train(model: nn.Module, clustering: fewbits.Clustering, rank: int, world: int) -> list[float]:
     """Train and return the losses' penalties."""
-    optimizer = torch.optim.SGD(clustering.param_groups(lr=0.02), momentum=0.9)
+    optimizer = torch.optim.SGD(clustering.param_groups(lr=0.02, codebook_lr=0.005), momentum=0.9)
     penalties = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
