@@ -28,11 +28,6 @@ def attach(model: nn.Module, arguments: dict[str, Any]) -> Clustering:
     return clustering
 
 
-def codebooks_of(clustering: Clustering) -> list[nn.Parameter]:
-    """Return the parameters that belong to the clustering, codebooks and a regularizer's own."""
-    return clustering.param_groups(lr=0.0)[1]["params"]
-
-
 def separate_codebooks(
     optimizers: Iterable[torch.optim.Optimizer],
     clustering: Clustering,
@@ -52,8 +47,8 @@ def separate_codebooks(
     Raises:
         PlanError: if a codebook is in no optimizer, where it would never move.
     """
-    names = {id(parameter): name for name, parameter in clustering.model.named_parameters()}
-    ours = {id(parameter): names[id(parameter)] for parameter in codebooks_of(clustering)}
+    codebooks, schedulers = clustering.codebooks(), list(schedulers)
+    ours = {id(p): name for name, p in clustering.model.named_parameters() if p in codebooks}
     for optimizer in optimizers:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a loop's wrapper
         for number, group in enumerate(list(optimizer.param_groups)):
@@ -66,8 +61,8 @@ def separate_codebooks(
                 group["params"] = [p for p in group["params"] if not any(p is m for m in moved)]
                 own = {k: v for k, v in group.items() if k != "params"} | {"params": moved}
                 optimizer.add_param_group(own)
-                for scheduler in schedulers:
-                    _follow(scheduler, optimizer, number)
+                for scheduler in _schedulers_of(optimizer, schedulers):
+                    _follow(scheduler, number, len(optimizer.param_groups) - 1)
                 group = optimizer.param_groups[-1]
             group["weight_decay"] = 0.0
             rate = group.get("initial_lr", group["lr"])
@@ -90,35 +85,32 @@ def _set_rate(
     if "initial_lr" in group:
         group["initial_lr"] = lr
     number = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+    for scheduler in _schedulers_of(optimizer, schedulers):
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs[number] = lr
+
+
+def _schedulers_of(optimizer: torch.optim.Optimizer, schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Yield the schedulers of an optimizer, and those that they hold."""
     for scheduler in schedulers:
-        _start_from(scheduler, optimizer, number, lr)
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            yield scheduler
+            for value in vars(scheduler).values():
+                if _are_schedulers(value):
+                    yield from _schedulers_of(optimizer, value)
 
 
-def _start_from(scheduler: Any, optimizer: torch.optim.Optimizer, number: int, lr: float) -> None:
-    if getattr(scheduler, "optimizer", None) is not optimizer:
-        return
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs[number] = lr
-    for inner in getattr(scheduler, "_schedulers", ()):  # a chain or a sequence of them
-        _start_from(inner, optimizer, number, lr)
+def _are_schedulers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and hasattr(value[0], "optimizer")
 
 
-def _follow(scheduler: Any, optimizer: torch.optim.Optimizer, number: int) -> None:
+def _follow(scheduler: Any, number: int, before: int) -> None:
     """In place: make a scheduler treat the optimizer's new last group as it does group `number`.
 
-    Schedulers keep one item per group in lists (base_lrs, lr_lambdas, min_lrs, …), and some hold
-    further schedulers.
+    Schedulers keep one item for each of the `before` groups in lists (base_lrs, lr_lambdas, …).
     """
-    if getattr(scheduler, "optimizer", None) is not optimizer:
-        return
-    before = len(optimizer.param_groups) - 1
     for value in vars(scheduler).values():
-        if not isinstance(value, list):
-            continue
-        if value and hasattr(value[0], "optimizer"):
-            for inner in value:
-                _follow(inner, optimizer, number)
-        elif len(value) == before:
+        if isinstance(value, list) and len(value) == before and not _are_schedulers(value):
             value.append(value[number])
 
 
