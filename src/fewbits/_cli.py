@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import time
@@ -255,12 +254,10 @@ def _compare(settings: dict[str, Any], options: dict[str, Any]) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{Path(config.data).name}-{config.model.rpartition(':')[2]}-{stamp}"
         folder = options["out"] or Path("runs") / name
-    rows = _run_comparison(config, folder, options)
-    if int(os.environ.get("RANK", 0)) == 0:
-        _print_rows(rows, folder, as_json=options["as_json"])
+    _run_comparison(config, folder, options)
 
 
-def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> None:
     from . import _processes
     from ._bars import Bars, each
     from .lab import _folder
@@ -285,7 +282,8 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> list[
         if not resume:
             command = "fewbits " + shlex.join(sys.argv[1:])
             _processes.in_first(lambda: _begin(folder, config, command, options["overwrite"]))
-        return _carried_out(comparison, progress)
+        rows = _carried_out(comparison, progress)
+        _processes.in_first(lambda: _print_rows(rows, folder, as_json=options["as_json"]))
 
 
 def _begin(folder: Path, config: Any, command: str, overwrite: bool) -> None:
