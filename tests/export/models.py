@@ -89,3 +89,11 @@ def quantized(model: nn.Module, k: int, **how) -> nn.Module:
     plan = fewbits.plan(model, k=k, **how)
     fewbits.quantize(model, plan=plan)
     return model.eval()
+
+
+# What the tests of several targets export: how to make it, and example inputs.
+NETWORKS = {
+    "resnet": (lambda: quantized(resnet(), 4, granularity="channel"), torch.randn(4, 1, 8, 8)),
+    "transformer": (lambda: quantized(Language(), 5), torch.randint(0, 40, (5, 7))),
+    "signals": (lambda: snap_all(Signals(), 3), torch.randn(3, 3, 10)),
+}

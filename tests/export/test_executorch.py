@@ -32,11 +32,7 @@ def test_a_program_takes_its_batch_and_is_dense(tmp_path):
         torch.testing.assert_close(found, model(images[5:]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("make", "inputs"), [
-    (lambda: models.quantized(models.resnet(), 4, granularity="channel"), torch.randn(4, 1, 8, 8)),
-    (lambda: models.quantized(models.Language(), 5), torch.randint(0, 40, (5, 7))),
-    (lambda: models.snap_all(models.Signals(), 3), torch.randn(3, 3, 10)),
-], ids=["resnet", "transformer", "signals"])  # fmt: skip
+@pytest.mark.parametrize(("make", "inputs"), models.NETWORKS.values(), ids=models.NETWORKS)
 def test_networks(tmp_path, make, inputs):
     torch.manual_seed(0)
     model = make()

@@ -30,11 +30,7 @@ def test_outputs_are_pytorchs_from_packed_bytes(tmp_path, k):
         np.testing.assert_allclose(compiled(more.numpy())[0], model(more).numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize(("make", "inputs"), [
-    (lambda: models.quantized(models.resnet(), 4, granularity="channel"), torch.randn(4, 1, 8, 8)),
-    (lambda: models.quantized(models.Language(), 5), torch.randint(0, 40, (5, 7))),
-    (lambda: models.snap_all(models.Signals(), 3), torch.randn(3, 3, 10)),
-], ids=["resnet", "transformer", "signals"])  # fmt: skip
+@pytest.mark.parametrize(("make", "inputs"), models.NETWORKS.values(), ids=models.NETWORKS)
 def test_networks(tmp_path, make, inputs):
     torch.manual_seed(0)
     result = export.openvino(make(), tmp_path / "m.xml", example_inputs=inputs)

@@ -1,7 +1,8 @@
 """Outputs of a runtime against PyTorch's."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._errors import FewbitsError
+from .._file._atomic import fill_atomically
 
 
 def compare(
@@ -53,3 +55,41 @@ def compare(
         return worst, None
     same = torch.as_tensor(np.asarray(found[0], np.float64)).argmax(1) == first.double().argmax(1)
     return worst, float(same.double().mean())
+
+
+def write_compared(
+    path: Path,
+    data: bytes,
+    run: Callable[[str], Sequence[NDArray[Any]]],
+    *,
+    target: str,
+    expected: Sequence[Tensor],
+    tolerance: float,
+) -> tuple[float, float | None]:
+    """Write a file, atomically, that puts out in its runtime what PyTorch does.
+
+    Args:
+        path: the file.
+        data: its content.
+        run: given the name of a file with that content, returns the runtime's outputs.
+        target: as for `compare`, and so the rest.
+        expected: PyTorch's outputs.
+        tolerance: the largest relative difference that passes.
+
+    Returns:
+        what `compare` does.
+
+    Raises:
+        FewbitsError: as `compare` and `run` do; nothing is then written.
+        FileError: if the file cannot be written.
+    """
+    compared: tuple[float, float | None] = (0.0, None)
+
+    def fill(file: BinaryIO) -> None:
+        nonlocal compared
+        file.write(data)
+        file.flush()
+        compared = compare(target, expected, run(file.name), tolerance)
+
+    fill_atomically(path, fill)
+    return compared

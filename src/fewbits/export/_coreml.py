@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .._errors import FewbitsError, FileError, PlanError
 from .._file._atomic import check_path
-from ._lacking import lacking
-from ._ready import Clustered, Ready, needs, ready
+from ._lacking import converting, tracing
+from ._ready import Clustered, Ready, needs, plain_attention, ready
 from ._result import Exported, ExportedWeight
 
 Precision = Literal["float32", "float16"]
@@ -130,15 +130,15 @@ def _quiet() -> Iterator[None]:
     log = logging.getLogger("coremltools")
     level = log.level
     log.setLevel(logging.ERROR)
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        # Attention as plain operations: coremltools does not know torch's fused one.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with (
+            plain_attention(),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         log.setLevel(level)
 
 
@@ -152,26 +152,14 @@ def _convert(prepared: Ready, path: Path, batch: int, precision: Precision) -> N
             for x in inputs
         ]
         with _palettes(prepared):
-            try:
+            with tracing("Core ML"):
                 traced = torch.export.export(prepared.model, inputs).run_decompositions({})
-            except Exception as error:  # torch.export raises whatever it meets
-                reason = " ".join(str(error).split())[:300]
-                raise PlanError(
-                    f"the model cannot be traced for Core ML: {reason}. If it takes a fixed number"
-                    " of examples, give that as batch=."
-                ) from error
-            try:
+            with converting("coremltools", prepared.model, inputs):
                 converted: Any = ct.convert(
                     traced, inputs=types, minimum_deployment_target=ct.target.iOS18,
                     compute_precision=getattr(ct.precision, precision.upper()),
                     skip_model_load=True,
                 )  # fmt: skip
-            except Exception as error:  # converters raise whatever they meet
-                reason = " ".join(str(error).split())[:300]
-                raise FewbitsError(
-                    f"coremltools cannot convert the model: {type(error).__name__}: {reason}."
-                    f"{lacking(prepared.model, inputs, error)}"
-                ) from error
         converted.save(str(path))
 
 

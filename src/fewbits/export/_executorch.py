@@ -7,17 +7,17 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._errors import FewbitsError, FileError, PlanError
-from .._file._atomic import check_path, fill_atomically
-from ._compare import compare
-from ._lacking import lacking
-from ._ready import Ready, dense_row, needs, ready
+from .._file._atomic import check_path
+from ._compare import write_compared
+from ._lacking import converting, reason, tracing
+from ._ready import Ready, dense_row, needs, plain_attention, ready
 from ._result import Exported
 
 
@@ -72,16 +72,11 @@ def executorch(
     data = _program(prepared, batch)
     whole = len(prepared.inputs[0]) // batch * batch
     expected = [output[:whole] for output in prepared.outputs]
-    compared: tuple[float, float | None] = (0.0, None)
-
-    def fill(file: BinaryIO) -> None:
-        nonlocal compared
-        file.write(data)
-        file.flush()
-        outputs = run(Path(file.name), [x[:whole] for x in prepared.inputs], batch)
-        compared = compare("ExecuTorch", expected, outputs, tolerance)
-
-    fill_atomically(path, fill)
+    inputs = [x[:whole] for x in prepared.inputs]
+    difference, agreement = write_compared(
+        path, data, lambda name: run(Path(name), inputs, batch),
+        target="ExecuTorch", expected=expected, tolerance=tolerance,
+    )  # fmt: skip
     return Exported(
         target="executorch",
         path=path,
@@ -90,8 +85,8 @@ def executorch(
         dense_bytes=prepared.state_bytes,
         weights=tuple(dense_row(weight) for weight in prepared.weights),
         examples=whole,
-        difference=compared[0],
-        agreement=compared[1],
+        difference=difference,
+        agreement=agreement,
         notes=("dense: XNNPACK has no tables for weights, so few values save nothing here",),
     )
 
@@ -113,7 +108,7 @@ def run(path: Path, inputs: Sequence[Tensor], batch: int) -> list[Any]:
                 for part in zip(*(x.split(batch) for x in inputs), strict=True)
             ]
         except Exception as error:  # the runtime raises RuntimeError with a number
-            raise FewbitsError(f"ExecuTorch cannot run the program: {_reason(error)}") from error
+            raise FewbitsError(f"ExecuTorch cannot run the program: {reason(error)}") from error
     return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
@@ -127,38 +122,21 @@ def _program(prepared: Ready, batch: int) -> bytes:
             to_edge_transform_and_lower,
         )
 
-        try:
+        with tracing("ExecuTorch"):
             traced = torch.export.export(prepared.model, inputs)
-        except Exception as error:  # torch.export raises whatever it meets
-            raise PlanError(
-                f"the model cannot be traced for ExecuTorch: {_reason(error)}. If it takes a fixed"
-                " number of examples, give that as batch=."
-            ) from error
-        try:
+        with converting("ExecuTorch", prepared.model, inputs):
             edge = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()])
             return bytes(edge.to_executorch().buffer)
-        except Exception as error:  # converters raise whatever they meet
-            raise FewbitsError(
-                f"ExecuTorch cannot convert the model: {type(error).__name__}: {_reason(error)}."
-                f"{lacking(prepared.model, inputs, error)}"
-            ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what ExecuTorch and its imports warn about and log."""
-    fast, level = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    level = logging.root.manager.disable
     try:
-        # Attention as plain operations: ExecuTorch does not know torch's fused one.
-        torch.backends.mha.set_fastpath_enabled(False)
         logging.disable(logging.WARNING)
-        with warnings.catch_warnings():
+        with plain_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,14 +1,54 @@
-"""Which layer holds the operator that a target cannot convert."""
+"""What is said where a model cannot be traced or converted: why, and in which layer."""
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .._errors import FewbitsError, PlanError
+
 # How the converters' messages name an operator.
 _NAMES = re.compile(r"torch\._?ops\.\w+\.(\w+)|fx node (\w+)")
+
+
+def reason(error: Exception) -> str:
+    """Return the beginning of what an error says, in one line."""
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def tracing(target: str) -> Iterator[None]:
+    """Trace a model with a fixed number of examples inside the `with`.
+
+    Raises:
+        PlanError: for whatever tracing meets.
+    """
+    try:
+        yield
+    except Exception as error:  # torch.export raises whatever it meets
+        raise PlanError(
+            f"the model cannot be traced for {target}: {reason(error)}. If it takes a fixed number"
+            " of examples, give that as batch=."
+        ) from error
+
+
+@contextmanager
+def converting(converter: str, model: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Convert a model that was traced with some inputs inside the `with`.
+
+    Raises:
+        FewbitsError: for whatever the converter meets.
+    """
+    try:
+        yield
+    except Exception as error:  # converters raise whatever they meet
+        raise FewbitsError(
+            f"{converter} cannot convert the model: {type(error).__name__}: {reason(error)}."
+            f"{lacking(model, inputs, error)}"
+        ) from error
 
 
 def lacking(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:

@@ -6,14 +6,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .._errors import FewbitsError, PlanError
-from .._file._atomic import fill_atomically
-from ._compare import compare
+from ._compare import write_compared
 from ._lacking import lacking
 from ._ready import Ready, dense_row, needs, ready
 from ._result import Exported, ExportedWeight
@@ -77,16 +76,10 @@ def onnx(
     path = Path(path)
     prepared = ready(model, path, example_inputs, overwrite=overwrite)
     data, stored = build(prepared, weights, dynamic_batch)
-    compared: tuple[float, float | None] = (0.0, None)
-
-    def fill(file: BinaryIO) -> None:
-        nonlocal compared
-        file.write(data)
-        file.flush()
-        outputs = run(file.name, prepared.inputs)
-        compared = compare("onnxruntime", prepared.outputs, outputs, tolerance)
-
-    fill_atomically(path, fill)
+    difference, agreement = write_compared(
+        path, data, lambda name: run(name, prepared.inputs),
+        target="onnxruntime", expected=prepared.outputs, tolerance=tolerance,
+    )  # fmt: skip
     return Exported(
         target="onnx",
         path=path,
@@ -95,8 +88,8 @@ def onnx(
         dense_bytes=prepared.state_bytes,
         weights=stored,
         examples=len(prepared.inputs[0]),
-        difference=compared[0],
-        agreement=compared[1],
+        difference=difference,
+        agreement=agreement,
         notes=(f"opset {OPSET}; tables are small on disk, decoded when a session loads them",),
     )
 

@@ -154,6 +154,17 @@ def _state_bytes(model: nn.Module) -> int:
     return sum(sizes.values())
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Compute attention as plain operations inside the `with`: targets lack torch's fused one."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def stored_row(weight: Clustered, stored: str, size: int) -> ExportedWeight:
     """Say how a weight is stored, and in how many bytes."""
     groups, k = weight.found.codebook.shape
