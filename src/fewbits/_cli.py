@@ -76,7 +76,7 @@ _RUN_OPTIONS = [
     click.option("--data", help="digits, cifar10, or a folder of images or Parquet files."),
     click.option(
         "--model",
-        help="convnet, alexnet, vgg16, torchvision:NAME, timm:NAME or package.module:factory.",
+        help="convnet, alexnet, vgg16, vit, torchvision:NAME, timm:NAME or package.module:factory.",
     ),
     click.option("--width", type=float, help="Multiplies the channel counts."),
     click.option("--bits", callback=_numbers, help="Bits per weight: 2, or 1,2,4."),
@@ -95,9 +95,17 @@ _RUN_OPTIONS = [
         type=float,
         help="Peak learning rate of the further epochs, as a share of --lr.",
     ),
+    click.option(
+        "--codebook-lr",
+        type=float,
+        help="Peak learning rate of the representatives; chosen by the clustering if not given.",
+    ),
     click.option("--weight-decay", type=float, help="Weight decay."),
     click.option("--regularizer", help="What pulls in the methods that train; see below."),
     click.option("--strength", type=float, help="Multiplies each method's default strength."),
+    click.option(
+        "--rate", type=float, help="What a bit is worth to rate-aware methods; 0.02 if not given."
+    ),
     click.option(
         "--granularity",
         type=click.Choice(["layer", "channel", "group"]),

@@ -36,7 +36,7 @@ def _shape(context: Any, parameter: Any, text: str | None) -> tuple[int, int, in
 @click.option("-o", "--output", type=_PATH, required=True, help="The file or package to write.")
 @click.option(
     "--model",
-    help="convnet, alexnet, vgg16, torchvision:NAME, timm:NAME or package.module:factory.",
+    help="convnet, alexnet, vgg16, vit, torchvision:NAME, timm:NAME or package.module:factory.",
 )
 @click.option("--width", type=float, default=1.0, help="Multiplies the channel counts.")
 @click.option("--classes", type=int, help="Outputs of the model; those of --check-data, else 10.")

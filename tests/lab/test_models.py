@@ -25,7 +25,14 @@ def stated(name: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "shape", "position"),
-    [("convnet", RGB, 0), ("convnet", GRAY, 1), ("alexnet", RGB, 0), ("vgg16", RGB, 0)],
+    [
+        ("convnet", RGB, 0),
+        ("convnet", GRAY, 1),
+        ("alexnet", RGB, 0),
+        ("vgg16", RGB, 0),
+        ("vit", RGB, 0),
+        ("vit", GRAY, 1),
+    ],
 )
 def test_the_parameter_count_is_the_stated_one(name, shape, position):
     model = build(name, classes=10, shape=shape)
@@ -50,6 +57,29 @@ def test_the_least_image_works_and_a_smaller_one_is_refused(name: str, least: in
     size = rf"{least} x {least} pixels or more, not 50 x {least - 1}\. Use convnet"
     with pytest.raises(PlanError, match=f"{name} needs images of {size}"):
         build(name, classes=3, shape=(1, least - 1, 50), width=0.1)
+
+
+@pytest.mark.parametrize(("width", "channels"), [(0.01, 4), (0.5, 32), (1.0, 64), (1.1, 72)])
+def test_the_transformer_has_channels_for_its_four_heads(width: float, channels: int):
+    model = build("vit", classes=7, shape=(1, 20, 32), width=width)
+    assert model(torch.zeros(2, 1, 20, 32)).shape == (2, 7)
+    assert {m.in_features for m in model.modules() if isinstance(m, nn.Linear)} == {
+        channels,
+        4 * channels,
+    }
+
+
+def test_the_transformer_sees_where_a_patch_is():
+    model = build("vit", classes=3, shape=GRAY).eval()
+    image = torch.zeros(1, *GRAY)
+    image[..., :2, :2] = 1
+    assert not torch.allclose(model(image), model(image.roll(4, dims=-1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 18, 32), (1, 8, 9)])
+def test_the_transformer_refuses_images_that_are_no_multiple_of_the_patch(shape):
+    with pytest.raises(PlanError, match=rf"{shape[2]} x {shape[1]} is no multiple .*--image-size"):
+        build("vit", classes=3, shape=shape)
 
 
 def test_the_generator_decides_the_weights():
@@ -187,5 +217,7 @@ def test_a_network_for_other_images_or_classes_is_refused(own: str):
 
 
 def test_a_width_for_a_network_without_one_is_refused(own: str):
-    with pytest.raises(PlanError, match=r"width is 0\.5: only convnet, alexnet, vgg16 have one"):
+    with pytest.raises(
+        PlanError, match=r"width is 0\.5: only convnet, alexnet, vgg16, vit have one"
+    ):
         build(f"{own}:Plain", classes=10, shape=GRAY, width=0.5)

@@ -195,7 +195,7 @@ class Comparison:
         if method.attach is not None:
             self._train_clustered(method, name, seed, outcome)
         elif method.post_training is not None:
-            quantize(model, plan=plan, method=method.post_training)
+            quantize(model, plan=plan, method=method.post_training, rate=self.config.rate)
             if method.finetune:
                 self._finetune(outcome, seed)
             outcome.seconds = time.monotonic() - began
@@ -211,7 +211,8 @@ class Comparison:
         if method.scratch:
             job.epochs += config.finetune_epochs
         steps = job.epochs * steps_per_epoch(self.data, config.batch_size)
-        recipe = Recipe(outcome.plan, steps, config.regularizer, config.strength)
+        recipe = Recipe(outcome.plan, steps, config.regularizer, config.strength, config.rate)
+        job.codebook_lr = config.codebook_lr or None
         job.clustering = method.attach(outcome.model, recipe)
         outcome.stages["before"] = histograms(outcome.model, outcome.plan)  # with the codebooks
         self.jobs.train(job, during=lambda model: histograms(model, outcome.plan))

@@ -41,9 +41,13 @@ class Config:
         batch_size: images per step.
         lr: peak learning rate from scratch.
         finetune_lr: peak learning rate of the further epochs, as a share of `lr`.
+        codebook_lr: peak learning rate of the representatives; 0 means as
+            `Clustering.param_groups` chooses it.
         weight_decay: of the weights.
         regularizer: what the methods that train pull with, a name from `fewbits.lab.methods`.
         strength: multiplies each method's own default strength.
+        rate: bits against squared error in the rate-aware regularizers and the post-training
+            method "entropy", as in `fewbits.RateAware`.
         granularity: "layer", "channel" or "group".
         channels_per_group: for "group".
         allocation: "even" gives every weight k values; "measured" gives each as many as
@@ -65,9 +69,11 @@ class Config:
     batch_size: int = 64
     lr: float = 0.05
     finetune_lr: float = 0.2
+    codebook_lr: float = 0.0
     weight_decay: float = 5e-4
     regularizer: str = "nearest-2"
     strength: float = 1.0
+    rate: float = 0.02
     granularity: Granularity = "layer"
     channels_per_group: int = 0
     allocation: str = "even"
@@ -94,7 +100,7 @@ class Config:
         for name in ("lr", "finetune_lr", "width"):
             if not 0 < getattr(self, name) < 1e3:
                 raise PlanError(f"{name} is {getattr(self, name)}. Give a number above 0.")
-        for name in ("weight_decay", "strength"):
+        for name in ("weight_decay", "codebook_lr", "strength", "rate"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise PlanError(f"{name} is {getattr(self, name)}. Give 0 or more.")
 

@@ -13,13 +13,14 @@ from .._pull import Penalty, Proximal
 from .._quantize import Method as PostTraining
 from .peers import Peer, dkm, lsq, parq
 
-REGULARIZERS: dict[str, Callable[[], regularizers.Regularizer]] = {
-    "nearest-2": lambda: regularizers.Nearest(p=2),
-    "nearest-1": lambda: regularizers.Nearest(p=1),
-    "soft-min": regularizers.SoftMin,
-    "periodic": regularizers.Periodic,
-    "rate-aware": regularizers.RateAware,
-    "rate-aware-sparse": lambda: regularizers.RateAware(pin_zero=True),
+# By name, given how much a bit is worth, which only the rate-aware ones use.
+REGULARIZERS: dict[str, Callable[[float], regularizers.Regularizer]] = {
+    "nearest-2": lambda rate: regularizers.Nearest(p=2),
+    "nearest-1": lambda rate: regularizers.Nearest(p=1),
+    "soft-min": lambda rate: regularizers.SoftMin(),
+    "periodic": lambda rate: regularizers.Periodic(),
+    "rate-aware": lambda rate: regularizers.RateAware(rate),
+    "rate-aware-sparse": lambda rate: regularizers.RateAware(rate, pin_zero=True),
 }
 
 
@@ -32,12 +33,14 @@ class Recipe:
         steps: optimizer steps in the whole training.
         regularizer: a name in `REGULARIZERS`.
         strength: multiplies the method's own strength.
+        rate: what a bit is worth to a rate-aware regularizer.
     """
 
     plan: Plan
     steps: int
     regularizer: str = "nearest-2"
     strength: float = 1.0
+    rate: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _attach(
     return Clustering(
         model,
         plan=recipe.plan,
-        regularizer=REGULARIZERS[recipe.regularizer](),
+        regularizer=REGULARIZERS[recipe.regularizer](recipe.rate),
         pull=pull,
         snapped_forward=snapped_forward,
     )

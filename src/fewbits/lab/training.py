@@ -104,6 +104,7 @@ class Job:
         weight_decay: of the weights.
         seed: fixes the order and augmentation of the images and dropout.
         clustering: what pulls the weights, ours or a peer's, or nothing for a float network.
+        codebook_lr: peak learning rate of our representatives; None leaves it to the clustering.
         warmup: share of the steps in which the learning rate rises from 0.
         history: one dict of metrics per finished epoch.
     """
@@ -118,6 +119,7 @@ class Job:
     weight_decay: float
     seed: int
     clustering: Clustering | Peer | None = None
+    codebook_lr: float | None = None
     warmup: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -171,10 +173,15 @@ class Job:
         progress.end()
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        if self.clustering is not None:
-            groups = self.clustering.param_groups(lr=self.lr, weight_decay=self.weight_decay)
+        decay = self.weight_decay
+        if isinstance(self.clustering, Clustering):
+            groups = self.clustering.param_groups(
+                lr=self.lr, weight_decay=decay, codebook_lr=self.codebook_lr
+            )
+        elif self.clustering is not None:
+            groups = self.clustering.param_groups(lr=self.lr, weight_decay=decay)
         else:
-            groups = [{"params": list(self.model.parameters()), "weight_decay": self.weight_decay}]
+            groups = [{"params": list(self.model.parameters()), "weight_decay": decay}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ..._errors import FewbitsError, PlanError, did_you_mean
-from ._networks import alexnet, convnet, vgg16
+from ._networks import alexnet, convnet, vgg16, vit
 
 _OURS: dict[str, Callable[..., nn.Module]] = {
     "convnet": convnet,
     "alexnet": alexnet,
     "vgg16": vgg16,
+    "vit": vit,
 }
 
 
@@ -28,7 +29,7 @@ def build(name: str, *, classes: int, shape: tuple[int, int, int], width: float 
     """Return a freshly initialized network.
 
     Args:
-        name: "convnet", "alexnet", "vgg16", "torchvision:NAME", "timm:NAME", or
+        name: "convnet", "alexnet", "vgg16", "vit", "torchvision:NAME", "timm:NAME", or
             "package.module:factory" for a function or class of the user's own, called with
             `num_classes=` if it takes that, else with nothing.
         classes: number of outputs.
