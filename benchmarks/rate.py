@@ -56,7 +56,8 @@ def nncodec(
 ) -> tuple[int, dict[str, Tensor]]:
     """Return the bytes of nncodec's stream and the weights that it holds."""
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/in.npz", **{name: w.numpy() for name, w in weights.items()})
+        arrays: dict[str, Any] = {name: w.numpy() for name, w in weights.items()}
+        np.savez(f"{folder}/in.npz", **arrays)
         command = [str(Path(python).absolute()), "-c", NNCODEC, f"{folder}/in.npz"]
         command += [f"{folder}/out.npz", str(qp), str(dependent)]
         said = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
@@ -122,7 +123,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("study", type=Path, help="the study's file")
     parser.add_argument("--out", type=Path, required=True, help="the folder it was carried out in")
     parser.add_argument("--nncodec", required=True, help="a Python that has nncodec")

@@ -89,6 +89,7 @@ _RUN_OPTIONS = [
     ),
     click.option("--finetune-epochs", type=int, help="Further epochs, the same for every method."),
     click.option("--batch-size", type=int, help="Images per step."),
+    click.option("--optimizer", help="sgd or adamw; sgd if not given."),
     click.option("--lr", type=float, help="Peak learning rate."),
     click.option(
         "--finetune-lr",

@@ -18,8 +18,8 @@ from .training import Job, accuracy, reestimate
 
 # The settings that decide a float network, and one that has trained on.
 _FLOAT = (
-    "data", "model", "width", "epochs", "batch_size", "lr", "weight_decay", "train_images",
-    "image_size",
+    "data", "model", "width", "epochs", "batch_size", "optimizer", "lr", "weight_decay",
+    "train_images", "image_size",
 )  # fmt: skip
 _CONTINUED = (*_FLOAT, "finetune_epochs", "finetune_lr")
 
@@ -112,6 +112,7 @@ class Floats:
             epochs=config.epochs if scratch else config.finetune_epochs,
             batch_size=config.batch_size,
             lr=config.lr * (1.0 if scratch else config.finetune_lr),
+            optimizer=config.optimizer,
             warmup=0.1 if scratch else 0.0,
             weight_decay=config.weight_decay,
             seed=seed,

@@ -11,6 +11,7 @@ from typing import Any
 from .._errors import FileError, PlanError, did_you_mean
 from .._plan import Granularity, check_k
 from .methods import METHODS, REGULARIZERS
+from .training import OPTIMIZERS
 
 # What a list in the TOML file holds, and the least value of each whole number.
 _ITEMS: dict[str, type] = {"methods": str, "k": int, "seeds": int, "exclude": str}
@@ -39,6 +40,7 @@ class Config:
         finetune_epochs: further epochs, the same number for every method and for the float
             network they are compared with.
         batch_size: images per step.
+        optimizer: "sgd", with Nesterov's momentum, or "adamw".
         lr: peak learning rate from scratch.
         finetune_lr: peak learning rate of the further epochs, as a share of `lr`.
         codebook_lr: peak learning rate of the representatives; 0 means as
@@ -67,6 +69,7 @@ class Config:
     epochs: int = 12
     finetune_epochs: int = 6
     batch_size: int = 64
+    optimizer: str = "sgd"
     lr: float = 0.05
     finetune_lr: float = 0.2
     codebook_lr: float = 0.0
@@ -87,6 +90,7 @@ class Config:
         for method in self.methods:
             _check_known("methods", method, METHODS)
         _check_known("regularizer", self.regularizer, REGULARIZERS)
+        _check_known("optimizer", self.optimizer, OPTIMIZERS)
         _check_known("allocation", self.allocation, dict.fromkeys(("even", "measured")))
         for k in self.k:
             check_k(k)

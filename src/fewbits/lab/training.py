@@ -25,6 +25,13 @@ REESTIMATION_IMAGES = 4096
 EVALUATION_BATCH = 512
 
 
+# By name: parameter groups and the learning rate of those that name none -> an optimizer.
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
+    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
+    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
+}
+
+
 def training_batches(
     data: ImageData, size: int, augment: Augment | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -105,6 +112,7 @@ class Job:
         seed: fixes the order and augmentation of the images and dropout.
         clustering: what pulls the weights, ours or a peer's, or nothing for a float network.
         codebook_lr: peak learning rate of our representatives; None leaves it to the clustering.
+        optimizer: a name in `OPTIMIZERS`.
         warmup: share of the steps in which the learning rate rises from 0.
         history: one dict of metrics per finished epoch.
     """
@@ -120,6 +128,7 @@ class Job:
     seed: int
     clustering: Clustering | Peer | None = None
     codebook_lr: float | None = None
+    optimizer: str = "sgd"
     warmup: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -182,7 +191,7 @@ class Job:
             groups = self.clustering.param_groups(lr=self.lr, weight_decay=decay)
         else:
             groups = [{"params": list(self.model.parameters()), "weight_decay": decay}]
-        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True)
+        optimizer = OPTIMIZERS[self.optimizer](groups, self.lr)
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
         peer = self.clustering
