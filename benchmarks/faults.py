@@ -153,7 +153,7 @@ def timeless(value: Any) -> Any:
 def killed_run(
     what: str, start: list[str], again: list[str], moments: int, root: Path, file: str
 ) -> Row:
-    """Kill a command at random moments, give it once more, and compare."""
+    """Kill a command at random moments, go on with it each time, and compare where it ends."""
     row, chance = Row(f"kill -9 during {what}"), random.Random(0)
 
     def prepared(name: str) -> Path:
@@ -162,20 +162,28 @@ def killed_run(
         (folder / "grid.toml").write_text(GRID)
         return folder
 
+    def going_on(folder: Path) -> int:
+        return cli(folder, again if (folder / "run" / file).exists() else start)
+
     whole = prepared("whole")
     began = time.monotonic()
     must_end_well(whole, cli(whole, start))
     lasts = time.monotonic() - began
     expected = found(whole / "run")
-    for number in range(moments):
-        folder = prepared(str(number))
-        child = cli(folder, start)
-        time.sleep(chance.uniform(0, lasts))
-        os.kill(child, signal.SIGKILL)
-        row.times += 1
-        row.struck += end(child) == -signal.SIGKILL
-        born = (folder / "run" / file).exists()
-        must_end_well(folder, cli(folder, again if born else start))
+    while row.times < moments:
+        folder, code = prepared(str(row.times)), -signal.SIGKILL
+        while code and row.times < moments:
+            child = going_on(folder)
+            # On average a tenth of the run: about ten kills strike it before it ends.
+            time.sleep(chance.uniform(0, lasts / 5))
+            os.kill(child, signal.SIGKILL)
+            code = end(child)
+            if code not in (0, -signal.SIGKILL):
+                raise SystemExit(f"exit code {code}\n{(root / f'{folder.name}.log').read_text()}")
+            row.times += 1
+            row.struck += code == -signal.SIGKILL
+        if code:
+            must_end_well(folder, going_on(folder))
         row.differ += differs(folder / "run", expected)
     return row
 

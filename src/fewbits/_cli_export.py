@@ -30,7 +30,7 @@ def _shape(context: Any, parameter: Any, text: str | None) -> tuple[int, int, in
     return channels, height, width
 
 
-@click.command(short_help="Write a fewbits file for ONNX, OpenVINO or Core ML.")
+@click.command(short_help="Write a file for ONNX, OpenVINO, Core ML or ExecuTorch.")
 @click.argument("file", type=_PATH)
 @click.option("--to", "target", type=click.Choice(_TARGETS), required=True, help="The runtime.")
 @click.option("-o", "--output", type=_PATH, required=True, help="The file or package to write.")

@@ -86,13 +86,14 @@ class Clustering:
                 "the model is wrapped in DistributedDataParallel, which would not synchronize"
                 " codebooks that come later. Attach Clustering first, then wrap the model."
             )
-        self.model = unwrapped(model)
+        self.model: nn.Module = unwrapped(model)
         self.regularizer: Regularizer = Nearest() if regularizer is None else regularizer
-        self.pull, self.snapped_forward = pull, snapped_forward
+        self.pull: Penalty | Proximal | None = pull
+        self.snapped_forward: bool = snapped_forward
         self.init: Init = init
         _check_choices(self.regularizer, pull, init)
-        self.plan = carried_out(self.model, bits, k, plan)
-        self.steps = 0
+        self.plan: Plan = carried_out(self.model, bits, k, plan)
+        self.steps: int = 0
         self._hardened = False
         self._last_terms: list[Term] = []
         strengths = strengths_of(self.plan, pull)

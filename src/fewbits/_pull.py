@@ -54,7 +54,7 @@ class Penalty:
     strength: Strength = 0.003
     even_rate: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse negative strengths."""
         _check(self.strength)
 
@@ -77,7 +77,7 @@ class Proximal:
     average: float = 0.1
     every: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse negative strengths, and averages and steps out of range."""
         _check(self.strength)
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:

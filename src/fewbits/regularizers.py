@@ -137,7 +137,7 @@ class Nearest(Regularizer):
 
     p: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse other powers."""
         if self.p not in (1, 2):
             raise PlanError(f"Nearest: p is {self.p!r}. Use 1 or 2.")
@@ -173,7 +173,7 @@ class SoftMin(Regularizer):
     temperature: float | Schedule = 0.05
     compares_all: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse temperatures that reach 0."""
         schedule = as_schedule(self.temperature)
         if min(schedule.begin, schedule.end) <= 0:
@@ -245,7 +245,7 @@ class RateAware(Regularizer):
     pin_zero: bool = False
     revives: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse a negative or infinite rate."""
         if not (math.isfinite(self.rate) and self.rate >= 0):
             raise PlanError(f"RateAware: rate is {self.rate!r}. Give a finite number, 0 or more.")

@@ -27,7 +27,7 @@ class Schedule:
     steps: int = 0
     shape: Literal["linear", "cosine", "cubic"] = "linear"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse numbers that are not finite and steps below zero."""
         for name in ("begin", "end"):
             if not math.isfinite(getattr(self, name)):

@@ -192,7 +192,9 @@ def test_page_refers_to_nothing_outside(tmp_path: Path) -> None:
     assert not {"script", "img", "link", "iframe", "object", "image", "use"} & {
         tag for tag, _ in page.tags
     }
-    assert not [a for _, a in page.tags if {"src", "href", "xlink:href"} & a.keys()]
+    assert not [a for _, a in page.tags if {"src", "href", "xlink:href", "action"} & a.keys()]
+    # Enter on a radio button submits its form, which would load the page anew.
+    assert "default-src 'none'" in html and "form-action 'none'" in html
 
 
 def test_hostile_names_are_shown_and_never_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The drawings, against coordinates worked out by hand and properties of what they show."""
 
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -112,8 +113,57 @@ def test_axis_that_doubles_gives_each_doubling_the_same_room() -> None:
 
 def test_bars_of_few_values_say_their_share_and_many_are_one_shape() -> None:
     few = usage_bars([0.75, 0.25], [-0.5, 0.5], title="t")
-    assert "<title>-0.5: 75.0% of the weights</title>" in few
-    assert "<title>0.5: 25.0% of the weights</title>" in few
+    assert ">-0.5: 75.0% of the weights<" in few
+    assert ">0.5: 25.0% of the weights<" in few
     # 66 of the 190 by 72 panel is the height of the largest share, a third of it of the other.
     assert "v-66h" in few and "v-22h" in few
-    assert usage_bars([1 / 17] * 17, [], title="t").count("<path") == 2  # bars and axis
+    many = usage_bars([1 / 17] * 17, [], title="t")
+    assert many.count("<path") == 2  # bars and axis
+    assert "<input" not in many
+
+
+MARK = r'<path class="(?:mark|mark hollow|dot|representative)" d="M(\S+) ([-\d.]+)[a-z]'
+VALUE = (
+    r'<label style="--x:([-\d.]+)%;--y:([-\d.]+)%"><input type="radio" name="value">'
+    r"<span>([^<]+)</span></label>"
+)
+
+
+def test_a_value_lies_over_each_mark_in_one_group_a_drawing(tmp_path: Path) -> None:
+    fake_run(tmp_path)
+    html, page = read(tmp_path)
+    forms = re.findall(r'<form class="plot".*?</form>', html)
+    assert len(forms) == sum(tag == "form" for tag, _ in page.tags) > 10
+    for form in forms:
+        assert form.count('role="radiogroup" aria-label="Values of: ') == 1
+        width, height = map(float, re.findall(r'viewBox="0 0 (\d+) (\d+)"', form)[0])
+        values = [(float(x) * width, float(y) * height) for x, y, _ in re.findall(VALUE, form)]
+        assert len(values) == form.count("<input")
+        bars = form.count('class="bar"')
+        values = values[:-1] if 'class="level"' in form else values  # the float line's
+        marks = [(float(x) * 100, float(y) * 100) for x, y in re.findall(MARK, form)]
+        assert len(values) == len(marks) + bars > 0
+        for (x, y), (at, up) in zip(values, marks, strict=False):
+            # Shares are printed to 0.1%, shapes start at most 6 units from their middle.
+            assert abs(x - at) <= 0.15 * width and abs(y - up) <= 600 + 0.15 * height
+    # Nothing that has marks is left without, but for those of the legends.
+    assert not re.search(
+        MARK, re.sub(r'<form class="plot".*?</form>|<svg class="swatch.*?</svg>', "", html)
+    )
+
+
+def test_values_say_the_numbers_of_the_run(tmp_path: Path) -> None:
+    rows = fake_run(tmp_path, methods=("penalty",), ks=(4,), seeds=1)
+    html, _ = read(tmp_path)
+    said = [text for _, _, text in re.findall(VALUE, html)]
+    row = next(r for r in rows if r["k"] == 4)
+    assert f"penalty, k = 4: {row['accuracy']:.2f}% at {row['bits_entropy']:.2f} bits" in said
+    assert f"float: {row['float_accuracy']:.2f}" in said
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert f"{line['job']}, epoch {line['epoch']}: {line['accuracy']:.4g}" in said
+    for layer in json.loads((tmp_path / "details.json").read_text())["layers"]:
+        for value, share in zip(
+            layer["stages"][-1]["representatives"], layer["usage"], strict=True
+        ):
+            assert f"{value:.4g}" in said
+            assert f"{value:.4g}: {share:.1%} of the weights" in said

@@ -8,8 +8,8 @@ from ._shared import add_pull, attach, measures, separate_codebooks
 
 try:
     import lightning.pytorch as pl
-except ImportError as error:
-    raise FewbitsError("this callback needs: pip install 'fewbits[lightning]'") from error
+except ImportError as _error:
+    raise FewbitsError("this callback needs: pip install 'fewbits[lightning]'") from _error
 
 
 class FewbitsCallback(pl.Callback):
@@ -51,7 +51,9 @@ class FewbitsCallback(pl.Callback):
         **clustering: Any,
     ):
         """Keep the arguments; attaching happens at the beginning of `fit`."""
-        self.codebook_lr, self.harden, self.submodule = codebook_lr, harden, submodule
+        self.codebook_lr: float | None = codebook_lr
+        self.harden: bool = harden
+        self.submodule: str = submodule
         self._arguments = clustering
         self.clustering: Clustering | None = None
         self._hardened = self._stepped = False

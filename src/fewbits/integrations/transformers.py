@@ -12,8 +12,8 @@ from ._shared import add_pull, attach, measures, separate_codebooks
 
 try:
     from transformers import Trainer, TrainerCallback
-except ImportError as error:
-    raise FewbitsError("this callback needs: pip install 'fewbits[transformers]'") from error
+except ImportError as _error:
+    raise FewbitsError("this callback needs: pip install 'fewbits[transformers]'") from _error
 
 # What lies beside the Trainer's own files in each of its checkpoints.
 STATE = "fewbits.pt"
@@ -29,8 +29,9 @@ class FewbitsCallback(TrainerCallback):
 
     def __init__(self, clustering: Clustering, *, harden: bool):
         """Use `cluster`, which also sees to the optimizer and to resuming."""
-        self.clustering, self.harden = clustering, harden
-        self.hardened = False
+        self.clustering: Clustering = clustering
+        self.harden: bool = harden
+        self.hardened: bool = False
         self._resumed_from: Path | None = None
         self._penalty = 0.0
 

@@ -25,8 +25,8 @@ def histograms(model: nn.Module, plan: Plan) -> dict[str, Stage]:
         plan: which weights.
 
     Returns:
-        By weight name: low, high, counts in equal bins, and the representatives (for a weight of
-        at most 256 distinct values those values).
+        By weight name: low, high, counts in equal bins, and the representatives: those of its
+        codebook, else its distinct values where each is taken twice on average, at most 256.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     result = {}
@@ -40,7 +40,9 @@ def histograms(model: nn.Module, plan: Plan) -> dict[str, Stage]:
         values = (
             torch.unique(weight) if codebook is None else codebook.detach().flatten().sort().values
         )
-        few = len(values) <= MOST_VALUES
+        # A small float weight has few values too, but nobody shares them.
+        shared = codebook is not None or 2 * len(values) <= len(weight)
+        few = shared and len(values) <= MOST_VALUES
         result[planned.name] = {
             "low": low,
             "high": high,

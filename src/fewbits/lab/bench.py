@@ -40,13 +40,15 @@ class Stepper:
 
     def __init__(self, model: nn.Module, clustering: Clustering | Peer | None):
         """Take SGD with momentum for the model's parameters and the codebooks."""
-        self.model, self.clustering = model, clustering
+        self.model: nn.Module = model
+        self.clustering: Clustering | Peer | None = clustering
         groups: Any = model.parameters()
         if clustering:
             groups = clustering.param_groups(lr=0.01, weight_decay=0.0)
-        self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-        if isinstance(clustering, Peer):
-            self.optimizer = clustering.wrapped(self.optimizer)
+        optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+        self.optimizer: torch.optim.Optimizer = (
+            clustering.wrapped(optimizer) if isinstance(clustering, Peer) else optimizer
+        )
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Take a training step."""

@@ -28,7 +28,7 @@ from ._folder import sweep, write_json
 from ._jobs import Jobs
 from ._layers import Stage, describe, histograms
 from .config import Config
-from .data import ImageData, default_augment
+from .data import Augment, ImageData, default_augment
 from .methods import METHODS, Method, Recipe
 from .models import parameter_count
 from .progress import Progress
@@ -87,13 +87,13 @@ class Comparison:
     progress: Progress
     floats: Callable[[Config, bool], Path] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Take the subset that the config asks for."""
         if self.config.train_images:
             self.data = self.data.subset(train=self.config.train_images)
-        self.augment = default_augment(self.data)
-        self.jobs = Jobs(self.folder, self.progress)
-        self.float = Floats(
+        self.augment: Augment = default_augment(self.data)
+        self.jobs: Jobs = Jobs(self.folder, self.progress)
+        self.float: Floats = Floats(
             self.config, self.data, self.augment, self.device, self.jobs, self.floats
         )
 

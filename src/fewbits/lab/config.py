@@ -85,7 +85,7 @@ class Config:
     train_images: int = 0
     image_size: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuse values that cannot work, by name."""
         for method in self.methods:
             _check_known("methods", method, METHODS)

@@ -5,9 +5,11 @@ dark. Every function is pure, and escapes the names that it is given.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from ._values import Value, coordinate, element
 
 # A chart, in user units. Where a chart is shown at 0.6 of its size, as on a phone, the
 # style sheet enlarges its text, for which the margins leave room.
@@ -34,7 +36,7 @@ class Point:
 
     x: float
     y: float
-    label: str  # shown on hover
+    label: str  # what a reader of its mark is told
     spread: float | None = None  # half the error bar, in the unit of y
 
 
@@ -81,7 +83,7 @@ def chart(
     doubling: bool = False,
     beside: bool = False,
 ) -> str:
-    """Draw series of points with axes, ticks, error bars and hover values.
+    """Draw series of points with axes, ticks, error bars and marks that can be read.
 
     Args:
         series: what to draw; points that are not finite are left out.
@@ -94,7 +96,7 @@ def chart(
         beside: points whose marks would cover each other are moved apart along x.
 
     Returns:
-        An <svg> element; the empty string where no point can be drawn.
+        HTML of one element, as `element` gives; the empty string where no point can be drawn.
     """
     drawn = [(s, [p for p in s.points if usable(p.x) and usable(p.y)]) for s in series]
     points = [p for _, kept in drawn for p in kept]
@@ -127,13 +129,16 @@ def chart(
             f"<title>float: {level:.2f}</title></path>"
             f'<text x="{right + 5}" y="{coordinate(y(level) + 4)}">float</text>'
         )
-    dots = len(points) <= MOST_DOTS
+    dots, values = len(points) <= MOST_DOTS, list[Value]()
     places = [[x(p.x) for p in kept] for _, kept in drawn]
     places = _apart(places) if beside else places
     for (s, kept), across in zip(drawn, places, strict=True):
         on_paper = [(at, y(p.y), p) for at, p in zip(across, kept, strict=True)]
         parts += [_series(s, on_paper, y, dots=dots)] if kept else []
-    return element("chart", WIDTH, HEIGHT, title, parts)
+        shown = on_paper if dots or s.marked else on_paper[-1:]
+        values += [Value(across, up, p.label) for across, up, p in shown]
+    values += [Value(right, y(level), f"float: {level:.2f}")] if level is not None else []
+    return element("chart", WIDTH, HEIGHT, title, parts, values)
 
 
 def swatch(series: Series) -> str:
@@ -150,14 +155,6 @@ def swatch(series: Series) -> str:
         f'<svg class="swatch {_style(series)}" viewBox="0 0 28 14" width="28" height="14" '
         f'aria-hidden="true"><path class="line" d="M1 7H27" '
         f'stroke-dasharray="{_DASHES[series.dash % len(_DASHES)]}"/>{mark}</svg>'
-    )
-
-
-def element(kind: str, width: int, height: int, title: str, parts: Iterable[str]) -> str:
-    """Wrap parts into an <svg> element with a name for assistive software."""
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
     )
 
 
@@ -213,7 +210,7 @@ def _series(
     *,
     dots: bool,
 ) -> str:
-    """Draw one series: error bars, line, and a mark with a hover value on each point."""
+    """Draw one series: error bars, line, and a mark on each point."""
     parts: list[str] = []
     for across, _, p in points:
         if _spread(p):
@@ -229,11 +226,8 @@ def _series(
     )
     shape = _shape(series) if series.marked else "m-2 0a2 2 0 1 0 4 0a2 2 0 1 0 -4 0z"
     kind = _kind(series) if series.marked else "dot"
-    for across, up, p in points if dots or series.marked else points[-1:]:
-        parts.append(
-            f'<path class="{kind}" d="M{coordinate(across)} {coordinate(up)}{shape}">'
-            f"<title>{escape(p.label)}</title></path>"
-        )
+    for across, up, _ in points if dots or series.marked else points[-1:]:
+        parts.append(f'<path class="{kind}" d="M{coordinate(across)} {coordinate(up)}{shape}"/>')
     return f'<g class="{_style(series)}">{"".join(parts)}</g>'
 
 
@@ -271,11 +265,6 @@ def _names(values: Sequence[float]) -> list[str]:
     """Print tick values with the decimals that their step needs."""
     step = min((b - a for a, b in zip(values, values[1:], strict=False)), default=1.0)
     return [f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}" for value in values]
-
-
-def coordinate(value: float) -> str:
-    """Print a coordinate to a tenth of a unit."""
-    return f"{value:.1f}".removesuffix(".0")
 
 
 def _style(series: Series) -> str:

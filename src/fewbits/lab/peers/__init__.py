@@ -34,7 +34,8 @@ class Peer(ABC):
 
     def __init__(self, model: nn.Module, plan: Plan):
         """Keep both; a child attaches itself."""
-        self.model, self.plan = model, plan
+        self.model: nn.Module = model
+        self.plan: Plan = plan
 
     @abstractmethod
     def param_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

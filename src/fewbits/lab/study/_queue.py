@@ -45,7 +45,7 @@ class Queue:
         self._broken = optuna.exceptions.StorageInternalError
         self._stale = optuna.storages.fail_stale_trials
         self._workers = folder / "workers"
-        self.worker = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.worker: str = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._lock = FileLock(self._workers / f"{self.worker}.lock")
         try:
             self._workers.mkdir(parents=True, exist_ok=True)
