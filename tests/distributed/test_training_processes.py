@@ -135,6 +135,23 @@ def test_torchrun_finds_the_same_where_processes_hold_parts_of_weights(whole, tm
 
 
 @pytest.mark.slow
+def test_accelerate_launches_what_torchrun_does(whole, tmp_path):
+    pytest.importorskip("accelerate")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    fewbits(launch, tmp_path, *SMALL, "--out", "run")
+    details = json.loads((tmp_path / "run" / "details.json").read_text())
+    assert details["environment"]["processes"] == "2"
+    same_models(whole[0], tmp_path / "run")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
 def test_peers_find_in_two_processes_what_they_find_in_one(tmp_path):
     pytest.importorskip("torchao.prototype.parq")
     pytest.importorskip("coremltools.optimize.torch")
@@ -173,9 +190,7 @@ def test_a_run_that_torchrun_restarts_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes_bit_for_bit(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     start = [sys.executable, "-m", "fewbits", *SMALL, "--out", "run"]
     pair = [
         subprocess.Popen(
