@@ -127,6 +127,9 @@ _RUN_OPTIONS = [
         "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
     ),
     click.option(
+        "--shard", is_flag=True, help="Of several processes each holds a part of every weight."
+    ),
+    click.option(
         "--out",
         type=click.Path(path_type=Path),
         help="Run folder; runs/DATA-MODEL-TIME if not given.",
@@ -285,7 +288,9 @@ def _run_comparison(config: Any, folder: Path, options: dict[str, Any]) -> None:
         progress = Bars(quiet=quiet)
         with _processes.first_on_machine():  # it may have to download
             data = load(config.data, image_size=config.image_size, progress=None if quiet else each)
-        comparison = Comparison(config, folder, data.to(device), device, progress)
+        comparison = Comparison(
+            config, folder, data.to(device), device, progress, shard=options["shard"]
+        )
         comparison.check()  # before an earlier run is replaced
         _processes.in_first(lambda: stack.enter_context(_folder.held(folder)))
         if not resume:

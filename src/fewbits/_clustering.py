@@ -18,7 +18,7 @@ from ._pull import Penalty, Proximal
 from ._resolve import difference, strengths_of
 from ._sharded import is_sharded, show_shards
 from ._snapped import Switch
-from ._stack import Stack, Stacks
+from ._stack import Stack, Stacks, stackable
 from .regularizers import Nearest, Regularizer
 
 # Steps between two looks at the health of the codebooks: a full assignment costs about 5 ns a
@@ -119,7 +119,7 @@ class Clustering:
             self._layers.append(layer)
         self._watch = Watch(self._layers if isinstance(pull, Penalty) else ())
         self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
-        self._stacks = Stacks(self._layers) if self._together() else None
+        self._stacks = Stacks(self._layers) if stackable(self.regularizer) else None
         self._starting: dict[int, list[Attached]] = {}
         for layer in self._layers:
             self._starting.setdefault(layer.start, []).append(layer)
@@ -310,11 +310,6 @@ class Clustering:
             layer.switch.active = self.snapped_forward and self.steps >= layer.start
 
     # -- parts of a step ------------------------------------------------------------------------
-
-    def _together(self) -> bool:
-        """Whether passes over many layers do what the regularizer and the pull want."""
-        uniform = torch.ones(1, 1)
-        return self.regularizer.power is not None and self.regularizer.cost(uniform) is None
 
     def _stacked(self, step: int) -> list[tuple[Stack, list[float]]]:
         """Return the stacks with the strengths of their layers at a step."""

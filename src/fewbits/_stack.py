@@ -18,10 +18,17 @@ from ._attach import Attached
 from ._codebook import shares_memory
 from ._kernels import Weights, compute_dtype, measure_all, move_all
 from ._sharded import Sharding, is_sharded, process_group
+from .regularizers import Regularizer
 
 # Weights in a layer whose gradient is computed with all others' into one buffer and returned to
 # autograd: 256 KB of float32. Larger ones add theirs in place, where a call of its own is nothing.
 SMALL = 1 << 16
+
+
+def stackable(regularizer: Regularizer) -> bool:
+    """Whether passes over many layers at once do what a regularizer wants."""
+    uniform = torch.ones(1, 1)
+    return regularizer.power is not None and regularizer.cost(uniform) is None
 
 
 @dataclass(frozen=True)

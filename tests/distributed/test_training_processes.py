@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,18 +28,40 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def processes(folder):
     spawn(jobs.work, (jobs.PROCESSES, str(folder)), nprocs=jobs.PROCESSES)
     return [torch.load(folder / f"{n}.pt", weights_only=True) for n in range(jobs.PROCESSES)]
 
 
 def test_processes_train_as_one_does_on_whole_batches(processes, tmp_path):
-    alone = jobs.outcome(tmp_path)
+    alone = jobs.outcome(tmp_path / "checkpoint.pt")
     for found in processes:
         # float32 sums in another order, batch norm's among them, over 12 steps
         torch.testing.assert_close(found["state"], alone["state"], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(found["history"], alone["history"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sharded", "resumed"])
+def test_processes_that_hold_parts_of_weights_train_as_one_does(processes, tmp_path, name):
+    alone = jobs.outcome(tmp_path / "checkpoint.pt")
+    for found in processes:
+        assert found["held"] < 0.5  # of three processes, where rows do not divide evenly
+        # as above
+        for part in ("state", "hardened"):
+            torch.testing.assert_close(found[name][part], alone[part], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name]["history"], alone["history"], rtol=1e-4, atol=1e-6)
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_parts(processes, folder, tmp_path):
+    shutil.copy(folder / "kept.pt", tmp_path / "checkpoint.pt")
+    found = jobs.outcome(tmp_path / "checkpoint.pt")
+    assert len(found["history"]) == 3
+    torch.testing.assert_close(found["state"], processes[0]["state"], rtol=1e-3, atol=1e-5)
 
 
 def test_processes_hold_the_same_bits(processes):
@@ -94,11 +117,62 @@ def test_torchrun_finds_what_one_process_finds(whole, tmp_path):
     assert timeless[0] == timeless[1]
     assert (folder / "report.html").exists()
     assert json.loads((folder / "details.json").read_text())["environment"]["processes"] == "2"
-    alone, found = models(tmp_path / "run"), models(folder)
-    assert alone.keys() == found.keys()
+    same_models(tmp_path / "run", folder)
+
+
+def same_models(one: Path, other: Path) -> None:
+    alone, found = models(one), models(other)
+    assert alone.keys() == found.keys() and alone
     for name, state in alone.items():
         # float32 sums in another order, batch norm's among them, over 20 steps
         torch.testing.assert_close(found[name], state, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_finds_the_same_where_processes_hold_parts_of_weights(whole, tmp_path):
+    fewbits(TORCHRUN, tmp_path, *SMALL, "--shard", "--out", "run")
+    same_models(whole[0], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_accelerate_launches_what_torchrun_does(whole, tmp_path):
+    pytest.importorskip("accelerate")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    fewbits(launch, tmp_path, *SMALL, "--out", "run")
+    details = json.loads((tmp_path / "run" / "details.json").read_text())
+    assert details["environment"]["processes"] == "2"
+    same_models(whole[0], tmp_path / "run")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_peers_find_in_two_processes_what_they_find_in_one(tmp_path):
+    pytest.importorskip("torchao.prototype.parq")
+    pytest.importorskip("coremltools.optimize.torch")
+    peers = [*SMALL, "--methods", "parq,dkm,lsq", "--out"]
+    fewbits([sys.executable], tmp_path, *peers, "one")
+    fewbits(TORCHRUN, tmp_path, *peers, "two")
+    same_models(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--methods", "kmeans,lsq"], "lsq trains whole weights only"),
+        (["--regularizer", "rate-aware"], "'rate-aware' does not work with --shard"),
+    ],
+)
+def test_what_does_not_train_on_parts_is_refused(tmp_path, monkeypatch, capsys, more, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run([*SMALL, *more, "--shard", "--out", "run"])
+    assert said in capsys.readouterr().err and not (tmp_path / "run" / "config.toml").exists()
 
 
 def test_a_run_that_torchrun_restarts_goes_on(tmp_path, monkeypatch, capsys):
@@ -116,9 +190,7 @@ def test_a_run_that_torchrun_restarts_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_that_is_killed_ends_the_other_and_the_run_resumes_bit_for_bit(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     start = [sys.executable, "-m", "fewbits", *SMALL, "--out", "run"]
     pair = [
         subprocess.Popen(

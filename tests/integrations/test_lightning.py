@@ -214,3 +214,16 @@ def test_a_checkpoint_without_clustering_is_refused_before_training(tmp_path):
         trainer(FewbitsCallback(bits=1), tmp_path, epochs=2).fit(
             Module(), loader(), ckpt_path=tmp_path / "plain.ckpt"
         )
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_checkpoint_of_a_clustered_fit_is_noticed_without_the_callback(tmp_path):
+    run = trainer(FewbitsCallback(bits=1, harden=False), tmp_path, epochs=1)
+    run.fit(Module(), loader())
+    run.save_checkpoint(tmp_path / "clustered.ckpt")
+    plain = pl.Trainer(
+        max_epochs=2, default_root_dir=tmp_path, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="net.0.weight_codebook"):
+        plain.fit(Module(), loader(), ckpt_path=tmp_path / "clustered.ckpt")

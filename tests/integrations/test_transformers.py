@@ -194,6 +194,14 @@ def test_a_copy_that_is_trained_instead_is_noticed_before_training(tmp_path):
         run.train()
 
 
+def test_an_optimizer_that_was_made_before_is_refused(tmp_path):
+    run = trainer(tmp_path)
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    cluster(run, bits=1)
+    with pytest.raises(fewbits.PlanError, match="of the codebooks are in no optimizer"):
+        run.train()
+
+
 def test_training_on_after_hardening_is_refused_and_a_new_trainer_goes_on(tmp_path):
     run = trainer(tmp_path, num_train_epochs=1)
     cluster(run, bits=1)

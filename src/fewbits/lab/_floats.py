@@ -51,6 +51,7 @@ class Floats:
         jobs: the run's.
         folder: where float networks lie, from the config and whether they have trained on; the
             run's own folder if not given. Processes that share it take turns.
+        shard: as `Job` has it.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Floats:
     device: torch.device
     jobs: Jobs
     folder: Callable[[Config, bool], Path] | None = None
+    shard: bool = False
 
     def get(self, seed: int, *, continued: bool) -> dict[str, Any]:
         """Return a seed's float network, trained if it is not there yet.
@@ -116,4 +118,5 @@ class Floats:
             warmup=0.1 if scratch else 0.0,
             weight_decay=config.weight_decay,
             seed=seed,
+            shard=self.shard,
         )

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
 from .. import _processes
+from .._sharded import is_sharded
 
 
 def parallel(model: nn.Module) -> nn.Module:
@@ -17,9 +18,9 @@ def parallel(model: nn.Module) -> nn.Module:
 
     Args:
         model: with everything that is to be trained attached; every process gets the first's
-            parameters.
+            parameters. One that is cut over the processes is returned as it is.
     """
-    if _processes.count() == 1:
+    if _processes.count() == 1 or any(map(is_sharded, model.parameters())):
         return model
     return nn.parallel.DistributedDataParallel(model)
 

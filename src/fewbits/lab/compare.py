@@ -27,6 +27,7 @@ from ._floats import Floats
 from ._folder import sweep, write_json
 from ._jobs import Jobs
 from ._layers import Stage, describe, histograms
+from ._shard import check as check_shard
 from .config import Config
 from .data import Augment, ImageData, default_augment
 from .methods import METHODS, Method, Recipe
@@ -78,6 +79,7 @@ class Comparison:
         device: that device.
         progress: told what happens.
         floats: where float networks lie, as `Floats` takes it; in the run's folder if not given.
+        shard: whether each of several processes holds a part of every weight only.
     """
 
     config: Config
@@ -86,6 +88,7 @@ class Comparison:
     device: torch.device
     progress: Progress
     floats: Callable[[Config, bool], Path] | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         """Take the subset that the config asks for."""
@@ -94,7 +97,7 @@ class Comparison:
         self.augment: Augment = default_augment(self.data)
         self.jobs: Jobs = Jobs(self.folder, self.progress)
         self.float: Floats = Floats(
-            self.config, self.data, self.augment, self.device, self.jobs, self.floats
+            self.config, self.data, self.augment, self.device, self.jobs, self.floats, self.shard
         )
 
     def check(self) -> None:
@@ -105,8 +108,10 @@ class Comparison:
             FewbitsError: if a method's package is not installed.
         """
         labels = (self.data.train_labels, self.data.test_labels)
-        about = {"data": [[len(some), int(some.sum())] for some in labels]}
+        about = {"data": [[len(some), int(some.sum())] for some in labels], "shard": self.shard}
         _processes.check_same("config", asdict(self.config) | about)
+        if self.shard:
+            check_shard(self.config.methods, self.config.regularizer)
         if not steps_per_epoch(self.data, self.config.batch_size):
             raise PlanError(f"{self.data.name}: one training image makes no batch. Give more.")
         model = self.float.fresh(self.config.seeds[0])

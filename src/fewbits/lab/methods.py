@@ -53,6 +53,7 @@ class Method:
         finetune: whether the quantized network's codebooks are then fine-tuned.
         attach: (model, recipe) -> Clustering or Peer, for those that train.
         scratch: whether training starts from random weights and takes all epochs.
+        peer: whether it is somebody else's: `attach` returns a Peer.
         check: raises a `FewbitsError` for a plan that the method cannot carry out here.
     """
 
@@ -61,6 +62,7 @@ class Method:
     finetune: bool = False
     attach: Callable[[nn.Module, Recipe], Clustering | Peer] | None = None
     scratch: bool = False
+    peer: bool = False
     check: Callable[[Plan], None] = lambda plan: None
 
     @property
@@ -139,16 +141,19 @@ METHODS: dict[str, Method] = {
     "lsq": Method(
         "LSQ: straight-through with a learned step",
         attach=lambda model, recipe: lsq.Lsq(model, recipe.plan),
+        peer=True,
         check=lsq.check,
     ),
     "dkm": Method(
         "DKM: differentiable k-means, by coremltools",
         attach=lambda model, recipe: dkm.Dkm(model, recipe.plan),
+        peer=True,
         check=dkm.check,
     ),
     "parq": Method(
         "PARQ: piecewise-affine regularized quantization, by torchao",
         attach=lambda model, recipe: parq.Parq(model, recipe.plan, recipe.steps),
+        peer=True,
         check=parq.check,
     ),
 }

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .._errors import CodebookError, FileError
 from .._finetune import reestimate_batch_norm
 from ._folder import load_checkpoint, save_checkpoint
 from ._parallel import one_batch, parallel, shared_loss
+from ._shard import load_model, load_optimizer, sharded, whole
 from .data import Augment, ImageData, batches
 from .peers import Peer
 from .progress import Progress
@@ -114,6 +115,7 @@ class Job:
         codebook_lr: peak learning rate of our representatives; None leaves it to the clustering.
         optimizer: a name in `OPTIMIZERS`.
         warmup: share of the steps in which the learning rate rises from 0.
+        shard: whether each of several processes holds a part of every weight only.
         history: one dict of metrics per finished epoch.
     """
 
@@ -130,6 +132,7 @@ class Job:
     codebook_lr: float | None = None
     optimizer: str = "sgd"
     warmup: float = 0.0
+    shard: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -158,6 +161,9 @@ class Job:
         """
         if self.clustering is not None:
             _processes.check_same_plan(self.clustering.plan.fingerprint())
+        if self.shard and _processes.count() > 1:
+            self._run_sharded(checkpoint, progress, during)
+            return
         optimizer = self._optimizer()
         state = _processes.in_first(
             lambda: load_checkpoint(checkpoint) if checkpoint.exists() else None
@@ -177,9 +183,28 @@ class Job:
             if during is not None and epoch == (self.epochs - 1) // 2:
                 metrics["during"] = during(self.model)
             self.history.append(metrics)
-            _processes.in_first(lambda: save_checkpoint(checkpoint, self._state(optimizer)))
+            self._save(checkpoint, optimizer)
             progress.epoch(self.name, self.history)
         progress.end()
+
+    def _run_sharded(
+        self, checkpoint: Path, progress: Progress, during: Callable[[nn.Module], Any] | None
+    ) -> None:
+        """Train copies that are cut over the processes; then the model holds what they became."""
+        assert not isinstance(self.clustering, Peer)  # refused before
+        model, clustering = sharded(self.model, self.clustering)
+        job = replace(self, model=model, clustering=clustering, shard=False)
+
+        def gathered() -> nn.Module:
+            self.model.load_state_dict(whole(model.state_dict()))
+            return self.model
+
+        seen = None if during is None else lambda _: during(gathered())
+        job.run(checkpoint, progress=progress, during=seen)
+        gathered()
+        if self.clustering and clustering:
+            self.clustering.load_state_dict(clustering.state_dict())
+        self.history = job.history
 
     def _optimizer(self) -> torch.optim.Optimizer:
         decay = self.weight_decay
@@ -273,13 +298,14 @@ class Job:
             snapped = reestimated_accuracy(self.model, self.data, self.batch_size, self.augment)
         return {"accuracy": now, "hardening_gap": now - snapped}
 
-    def _state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+    def _save(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+        state = {  # in every process: parts are put together by all of them
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(optimizer.state_dict()),
             "clustering": self.clustering.state_dict() if self.clustering else None,
             "history": self.history,
         }
+        _processes.in_first(lambda: save_checkpoint(checkpoint, state))
 
     def _restore(
         self, state: dict[str, Any], checkpoint: Path, optimizer: torch.optim.Optimizer
@@ -287,8 +313,8 @@ class Job:
         try:
             if self.clustering:  # first: it refuses another plan's checkpoint in its own words
                 self.clustering.load_state_dict(state["clustering"])
-            self.model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            load_model(self.model, state["model"])
+            load_optimizer(optimizer, state["optimizer"])
             self.history = list(state["history"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise FileError(
