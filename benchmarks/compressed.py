@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,36 +102,35 @@ def distance(result: Tensor, expected: Tensor) -> float:
 
 
 def convolutions(options: argparse.Namespace) -> None:
-    """Every convolution of vgg16, on images of 32 x 32."""
+    """The convolutions of vgg16 of different shapes, on images of 32 x 32."""
     table("convolution, output", "bits", "batch", "dense, ms", "compressed, ms", "ratio")
     for bits in options.bits:
+        model, other = compressed(build("vgg16", classes=10, shape=(3, 32, 32)), bits)
         for batch in (1, 32):
-            for name, layer, inputs in shapes(batch):
-                dense, packed = compressed(layer, bits)
+            for name, (layer, inputs) in shapes(model, batch).items():
+                dense, packed = (m.get_submodule(layer) for m in (model, other))
                 many = options.pairs if batch == 1 else max(3, options.pairs // 10)
                 first, second, ratio = pairs(lambda: dense(inputs), lambda: packed(inputs), many)  # noqa: B023
                 row(name, bits, batch, f"{first:.2f}", f"{second:.2f}", f"{ratio:.2f}")
 
 
-def shapes(batch: int) -> list[tuple[str, nn.Module, Tensor]]:
-    """Return vgg16's convolutions of different shapes, each with an input of its own."""
-    found: dict[str, tuple[str, nn.Module, Tensor]] = {}
+def shapes(model: nn.Module, batch: int) -> dict[str, tuple[str, Tensor]]:
+    """Return a name of each shape of vgg16's convolutions, a layer of that shape and its input."""
+    found: dict[str, tuple[str, Tensor]] = {}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        assert isinstance(layer, nn.Conv2d)
+    def note(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         size = "x".join(map(str, output.shape[1:]))
-        name = f"{layer.in_channels} to {size}"
-        found.setdefault(name, (name, copy.deepcopy(layer), inputs[0].clone()))
+        found.setdefault(f"{layer.in_channels} to {size}", (name, inputs[0].clone()))
 
-    model = build("vgg16", classes=10, shape=(3, 32, 32)).eval()
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(partial(note, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
     model(torch.randn(batch, 3, 32, 32))
     for hook in hooks:
         hook.remove()
-    for _, layer, _ in found.values():
-        layer._forward_hooks.clear()
-    return list(found.values())
+    return found
 
 
 def whole(options: argparse.Namespace) -> None:

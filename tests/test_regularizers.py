@@ -144,7 +144,24 @@ def test_the_mean_gradient_of_a_grid_is_over_all_weights_not_those_at_its_ends()
     exact = gradients(*attach(weight, codebook, Periodic()))[2]
     mean = gradients(*attach(weight, codebook, Periodic(), pull=fewbits.Penalty(1.0)))[2]
     even_rate = 60 * weight.var(correction=0)
-    torch.testing.assert_close(mean, exact * even_rate / 60)
+    # Steps of 2/5: the sine's curvature is 2 x (pi / step)^2, that of a squared distance is 2.
+    step = 0.4 / weight.std(correction=0)
+    torch.testing.assert_close(mean, exact * even_rate / 60 * (step / torch.pi) ** 2)
+
+
+@pytest.mark.parametrize("k", [2, 4, 16, 256])
+def test_one_step_on_a_grid_moves_weights_the_share_that_nearest_moves_them(k):
+    codebook = torch.linspace(-1, 1, k)[None].double()
+    offsets = 0.02 / k * torch.tensor([-1.0, 1.0]).double().repeat(k)
+    weight = (codebook[0].repeat_interleave(2) + offsets)[None]
+    for regularizer in (Nearest(), Periodic()):
+        layer, clustering = attach(weight.clone(), codebook, regularizer, pull=fewbits.Penalty(3.0))
+        clustering.loss().backward()
+        with torch.no_grad():
+            layer.weight -= 0.05 * layer.weight.grad
+        # 2 x 3 x 0.05 of the way; the sine is a parabola up to a share of (pi x 0.01)^2.
+        expected = codebook[0].repeat_interleave(2) + 0.7 * offsets
+        torch.testing.assert_close(layer.weight[0], expected, rtol=0, atol=0.02 / k * 1e-3)
 
 
 def test_periodic_keeps_the_codebook_an_even_grid():

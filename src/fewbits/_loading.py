@@ -1,6 +1,8 @@
 """`load`: a file into a state dict, a dense model, or one that stays packed."""
 
+import math
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from . import _file
 from ._errors import FileError, did_you_mean
 from ._file import Progress, Reader, reading
-from ._packed import PackedWeight, attach, why_dense
+from ._packed import PackedWeight, attach, is_convolution, spared, why_dense
 from ._plan import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +87,7 @@ class _Loading:
         state = model.state_dict(keep_vars=True)
         self.targets = _file.find_targets(path, reader.header, state, meta=True)
         self.names: dict[int, list[str]] = {}  # of each parameter and buffer of the model
+        self.dense: set[str] = set()  # what stays dense though it could be packed
         tensors = [*model.named_parameters(remove_duplicate=False),
                    *model.named_buffers(remove_duplicate=False)]  # fmt: skip
         for name, tensor in tensors:
@@ -103,9 +106,10 @@ class _Loading:
         names = list(self.targets)
         twice = [*names, *names]
         wrapped = iter(progress(twice, len(twice)) if progress else twice)
-        for _ in names:
-            self._read(next(wrapped))
+        sizes = {name: self._size(name, self._read(name)) for name in islice(wrapped, len(names))}
         _file.check_tied(self.path, self.reader, self.targets)
+        small = {name: size[0] for name, size in sizes.items() if size[0]}
+        self.dense = spared(small, sum(size[1] for size in sizes.values()))
         done: set[int] = set()
         for _ in names:
             name = next(wrapped)
@@ -119,7 +123,7 @@ class _Loading:
 
     def _read(self, name: str) -> PackedWeight | Tensor:
         tensors = self.targets[name]
-        if len(tensors[0].shape) >= 2 and tensors[0].is_floating_point() and self._fits(tensors):
+        if tensors[0].dim() >= 2 and tensors[0].is_floating_point() and self._fits(name):
             found = self.reader.indexed(name)
             if found is not None:
                 device = tensors[0].device
@@ -127,11 +131,26 @@ class _Loading:
                 return PackedWeight(found, tensors[0].dtype, where)
         return self.reader.tensor(name)
 
-    def _fits(self, tensors: list[Tensor]) -> bool:
-        """Whether every layer that holds one of these can keep it packed."""
-        names = [self.names.get(id(tensor), []) for tensor in tensors]
-        return all(names) and not any(
-            why_dense(self._owner(name), name.rpartition(".")[2]) for some in names for name in some
+    def _size(self, name: str, value: PackedWeight | Tensor) -> tuple[int, int]:
+        """Return the dense bytes of a packed convolution, or 0, and the packed ones of any."""
+        if isinstance(value, Tensor):
+            return 0, 0
+        names = [own for tensor in self.targets[name] for own in self.names[id(tensor)]]
+        convolution = all(is_convolution(self._owner(own)) for own in names)
+        dense = math.prod(value.shape) * value.codebook.element_size()
+        return dense if convolution else 0, value.size_bytes
+
+    def _fits(self, name: str) -> bool:
+        """Whether every layer that holds a tensor of the file is to keep it packed."""
+        names = [self.names.get(id(tensor), []) for tensor in self.targets[name]]
+        return (
+            name not in self.dense
+            and all(names)
+            and not any(
+                why_dense(self._owner(own), own.rpartition(".")[2])
+                for some in names
+                for own in some
+            )
         )
 
     def _owner(self, name: str) -> nn.Module:

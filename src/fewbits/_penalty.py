@@ -119,6 +119,7 @@ class LayerTerm:
             members = regularizer.members(self.counts).clamp(min=1)
             found["codebook"] = found["codebook"] / members
             strength = strength * self.layer.weight.numel() * self.layer.std.square()
+            strength = strength * regularizer.even_scale(self.layer.codebook / self.layer.std)
         self.strength = strength
         _, order = attached.rows()
         self.gradients = [

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from ._errors import CodebookError, PlanError, did_you_mean
 from ._indexed import bits_of, indexed
 from ._packed import (
+    MOST_SPARED,
     PACKED,
     Activations,
     PackedWeight,
     attach,
     detach,
     is_compressed,
+    is_convolution,
     set_activations,
+    spared,
     why_dense,
     why_float,
 )
@@ -102,7 +105,8 @@ def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
 
     `nn.Linear`, `nn.Embedding` and the convolutions of torch keep working as they do, with equal
     results within rounding; their class becomes a child of what it was, and their weight is
-    frozen. Everything else stays dense, and the result says why. Layers that are compressed
+    frozen. Everything else stays dense, and the result says why: also the smallest convolutions,
+    which are faster so, up to 1% of the bytes of the packed weights. Layers that are compressed
     already stay so.
 
     Args:
@@ -135,7 +139,7 @@ def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
         raise PlanError(f"activations is {activations!r}.{near} Use one of {known}.")
     model = unwrapped(model)
     _refuse_attached(model)
-    packed = any(is_compressed(layer) for layer in model.modules())
+    made: dict[tuple[str, ...], PackedWeight] = {}
     refused: dict[str, nn.Parameter] = {}
     for names, parameter in _weights(model).items():
         if _why_all(model, names) is not None:
@@ -144,13 +148,11 @@ def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
         if found is None or found.bytes_fixed >= parameter.nbytes:
             refused[names[0]] = parameter
             continue
-        weight = PackedWeight(found, parameter.dtype, parameter.device)
-        for name in names:
-            attach(model.get_submodule(name.rpartition(".")[0]), weight)
-        packed = True
-    if not packed:
-        raise CodebookError(_nothing(model, refused))
+        made[names] = PackedWeight(found, parameter.dtype, parameter.device)
+    _attach_all(model, made)
     layers = {name: layer for name, layer in model.named_modules() if is_compressed(layer)}
+    if not layers:
+        raise CodebookError(_nothing(model, refused))
     why = {name: why_float(layer) for name, layer in layers.items()}
     if activations == "int8" and all(why.values()):
         said = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in why.items())
@@ -158,6 +160,21 @@ def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
     for layer in layers.values():
         set_activations(layer, activations)
     return memory(model)
+
+
+def _attach_all(model: nn.Module, made: dict[tuple[str, ...], PackedWeight]) -> None:
+    """In place: give layers their packed weights, but for convolutions too small to be worth it."""
+    before = {m for m in model.modules() if isinstance(m, PackedWeight)}
+    owners = {names: [_owner(model, name) for name in names] for names in made}
+    small = {
+        names[0]: math.prod(weight.shape) * weight.codebook.element_size()
+        for names, weight in made.items()
+        if all(map(is_convolution, owners[names]))
+    }
+    kept = spared(small, sum(weight.size_bytes for weight in (*before, *made.values())))
+    for names, weight in made.items():
+        for owner in owners[names] if names[0] not in kept else ():
+            attach(owner, weight)
 
 
 @torch.no_grad()
@@ -195,9 +212,10 @@ def memory(model: nn.Module) -> Memory:
             reasons[full] = why_float(layer)
             eight = eight or getattr(layer, "activations", "float") == "int8"
     layers = tuple(_row(weight, names) for weight, names in owners.items())
+    most = MOST_SPARED * sum(row.bytes for row in layers)
     dense = {
-        names[0]: _why_all(model, names) or "its values are not few enough to take less room"
-        for names in _weights(model)
+        names[0]: _why_all(model, names) or _why_kept(_owner(model, names[0]), parameter, most)
+        for names, parameter in _weights(model).items()
     }
     held = {id(t): t for t in (*model.parameters(), *model.buffers())}
     other = sum(t.nbytes for t in held.values()) - sum(row.bytes for row in layers)
@@ -233,11 +251,22 @@ def _weights(model: nn.Module) -> dict[tuple[str, ...], nn.Parameter]:
 def _why_all(model: nn.Module, names: tuple[str, ...] | list[str]) -> str | None:
     """Return why a parameter of these names cannot be packed, or nothing."""
     for name in names:
-        prefix, _, attribute = name.rpartition(".")
-        why = why_dense(model.get_submodule(prefix), attribute)
+        why = why_dense(_owner(model, name), name.rpartition(".")[2])
         if why is not None:
             return why
     return None
+
+
+def _why_kept(layer: nn.Module, weight: nn.Parameter, most: float) -> str:
+    """Return why a parameter stayed dense that could be packed."""
+    if is_convolution(layer) and weight.nbytes <= most:
+        return "a convolution so small is faster dense"
+    return "its values are not few enough to take less room"
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """Return the layer that a parameter of this name belongs to."""
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _refuse_attached(model: nn.Module) -> None:

@@ -95,6 +95,20 @@ class Regularizer(ABC):
         """
         return counts
 
+    def even_scale(self, codebook: Tensor) -> Tensor | float:
+        """Return what `Penalty(even_rate=True)` multiplies the penalty by, a constant.
+
+        Times it, the penalty next to a representative is the squared distance, whose gradient
+        suits the learning rate of the weights.
+
+        Args:
+            codebook: (G, K) ascending, in units of the layer's standard deviation.
+
+        Returns:
+            0-d, or 1.
+        """
+        return 1.0
+
     def parameters(self, codebook: Tensor) -> dict[str, Tensor]:
         """Return the regularizer's own learnable tensors, each shaped like `codebook` (G, K)."""
         return {}
@@ -214,6 +228,14 @@ class Periodic(Regularizer):
         below = (torch.pi * (weight - first) / step).square()
         above = (torch.pi * (weight - last) / step).square()
         return torch.where(weight < first, below, torch.where(weight > last, above, inside))
+
+    def even_scale(self, codebook: Tensor) -> Tensor | float:
+        """Return (step / pi)^2 of the finest grid: the sine is steep where steps are short."""
+        k = codebook.shape[1]
+        if k == 1:
+            return 1.0
+        step = (codebook[:, -1] - codebook[:, 0]).min() / (k - 1)
+        return (step / torch.pi).square()
 
     def members(self, counts: Tensor) -> Tensor:
         """Return all weights of the group: each of them pulls at both ends of the grid."""

@@ -7,10 +7,13 @@ import pytest
 import torch
 from compressed.networks import Everything, both, packed_weight, quantized, tokens
 from helpers import compiled, gradient, same_state
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import fewbits
 from fewbits import CodebookError, compressed
+from fewbits._packed import spared
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 10), (5, 24)),
@@ -223,3 +226,50 @@ def test_a_model_without_few_values_is_refused_with_their_number():
         compressed.compress(model)
     with pytest.raises(CodebookError, match="LSTM has no compressed form"):
         compressed.compress(nn.LSTM(4, 4))
+
+
+class Small(nn.Sequential):
+    """Two convolutions of 144 bytes each before a layer of many weights."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 3, padding=1, groups=2), nn.Flatten(1),
+            nn.Linear(128, 256),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["compress", "load", "load on meta"])
+def test_the_smallest_convolutions_stay_dense_up_to_a_hundredth(tmp_path, how):
+    dense = quantized(Small())
+    first = dense[0].weight
+    packed = copy.deepcopy(dense)
+    if how == "compress":
+        first = packed[0].weight
+        compressed.compress(packed)
+        assert packed[0].weight is first
+    else:
+        fewbits.save(dense, tmp_path / "f")
+        with torch.device("meta" if how.endswith("meta") else "cpu"):
+            packed = Small()
+        fewbits.load(tmp_path / "f", into=packed, mode="compressed")
+    assert torch.equal(packed[0].weight, first) and type(packed[0]) is nn.Conv2d
+    memory = compressed.memory(packed)
+    # Both together would be above a hundredth of 16,612 bytes.
+    assert [row.name for row in memory.layers] == ["1.weight", "3.weight"]
+    assert memory.dense == {"0.weight": "a convolution so small is faster dense"}
+    inputs = torch.randn(2, 1, 10, 10)
+    close(packed(inputs), dense(inputs))
+    assert compressed.compress(packed) == memory
+    compressed.decompress(packed)
+    assert same_state(packed, dense)
+
+
+@given(st.lists(st.integers(1, 400), max_size=8), st.integers(0, 40_000))
+def test_what_is_spared_is_the_smallest_and_a_hundredth(sizes, packed):
+    named = {str(at): size for at, size in enumerate(sizes)}
+    chosen = spared(named, packed)
+    some, rest = [named[n] for n in chosen], [named[n] for n in named.keys() - chosen]
+    assert 100 * sum(some) <= packed
+    if rest:
+        assert max(some, default=0) <= min(rest)
+        assert 100 * (sum(some) + min(rest)) > packed

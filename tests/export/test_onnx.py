@@ -29,13 +29,16 @@ def run(path: Path, inputs: torch.Tensor, *, fold: bool = True) -> np.ndarray:
 def decoded(path: Path, name: str) -> np.ndarray:
     """A weight as onnxruntime decodes it."""
     graph = onnx.load(path)
-    nodes = [node for node in graph.graph.node if node.name.startswith(f"{name}.decode_")]
-    output = onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
-    del graph.graph.output[:], graph.graph.input[:], graph.graph.value_info[:]
+    wanted, kept = {name}, []
+    for node in reversed(graph.graph.node):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted.update(node.input)
+    output = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+    for some in (graph.graph.output, graph.graph.input, graph.graph.node):
+        del some[:]
     graph.graph.output.append(output)
-    kept = [node for node in graph.graph.node if ".decode_" in node.name]
-    del graph.graph.node[:]
-    graph.graph.node.extend(kept)
+    graph.graph.node.extend(reversed(kept))
     session = onnxruntime.InferenceSession(graph.SerializeToString())
     return session.run(None, {})[0]
 
@@ -153,6 +156,17 @@ def test_file_of_4_bits_is_at_most_a_tenth_above_packed_indices_and_codebooks(tm
     result = export.onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 512))
     packed = sum(row.packed_bytes for row in result.weights)
     assert packed < result.bytes == (tmp_path / "m.onnx").stat().st_size <= 1.1 * packed
+
+
+def test_graph_takes_little_beside_its_tensors(exported):
+    graph = onnx.load(exported.path).graph
+    tensors = sum(len(t.raw_data) for t in graph.initializer)
+    # Names and attributes; no inferred shapes, notes of the exporter or biases of zeros.
+    assert exported.bytes - tensors < 100 * (len(graph.node) + len(graph.initializer))
+    assert not graph.value_info and not graph.metadata_props
+    assert {node.op_type for node in graph.node}.isdisjoint({"Expand", "CastLike"})
+    names = [node.name for node in graph.node]
+    assert all(names) and len(set(names)) == len(names)
 
 
 def test_dense_file_holds_no_tables(image_model, tmp_path):

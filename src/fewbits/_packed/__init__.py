@@ -9,3 +9,6 @@ from ._layers import is_compressed as is_compressed
 from ._layers import set_activations as set_activations
 from ._layers import why_dense as why_dense
 from ._layers import why_float as why_float
+from ._spared import MOST_SPARED as MOST_SPARED
+from ._spared import is_convolution as is_convolution
+from ._spared import spared as spared

@@ -174,6 +174,12 @@ def _serialized(model: Any) -> bytes:
             f"the ONNX file would hold {size:,} bytes, above the 2 GiB of one protobuf message."
         )
     model.producer_name, model.producer_version = "fewbits", importlib.metadata.version("fewbits")
-    for node in model.graph:
-        node.metadata_props.clear()  # torch's stack traces, with paths of this machine
-    return ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    # Torch's notes of where things come from, with paths of this machine, and inferred shapes: more
+    # bytes than the rest of the graph. Runtimes infer the shapes for themselves.
+    model.graph.metadata_props.clear()
+    for at, node in enumerate(model.graph):
+        node.metadata_props.clear()
+        node.name = f"n{at}"
+    data = ir.serde.serialize_model(model)
+    del data.graph.value_info[:]
+    return data.SerializeToString(deterministic=True)

@@ -52,6 +52,8 @@ def compact(program: Any, weights: tuple[Clustered, ...], how: str) -> tuple[Exp
     optimizer.fold_constants(
         program.model, should_fold=lambda node: False if MARK in node.metadata_props else None
     )
+    for node in graph:
+        _drop_zero_bias(node)
     optimizer.remove_unused_nodes(program.model)
     return tuple(rows)
 
@@ -95,6 +97,18 @@ def _multiplied(
             graph.remove(node, safe=True)
         del graph.initializers[value.name]
     return stored_row(weight, f"MatMulNBits, integers of {grids.bits} bits", constants.bytes)
+
+
+def _drop_zero_bias(node: Any) -> None:
+    """In place: drop the bias of zeros that the exporter gives a convolution without one."""
+    if node.op_type not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+        return
+    bias = node.inputs[2]
+    while bias is not None and bias.producer() and bias.producer().op_type == "Expand":
+        bias = bias.producer().inputs[0]
+    constant = bias and bias.const_value
+    if constant is not None and constant.size <= 1 and not constant.numpy().any():
+        node.replace_input_with(2, None)
 
 
 def _check_multiplied(rows: list[ExportedWeight]) -> None:

@@ -45,13 +45,11 @@ class Decoder:
         return self.shared[name]
 
     def nibbles(self, what: str, values: NDArray[np.uint8]) -> ir.Value:
-        """Add (N,) values below 16 as an initializer of half a byte each."""
-        padded = np.append(values, np.zeros(len(values) % 2, np.uint8))
+        """Add values below 16 as an initializer of half a byte each."""
+        padded = np.append(values, np.zeros(values.size % 2, np.uint8))
         packed = padded[0::2] | padded[1::2] << 4
-        name, shape = f"{self.name}.{what}", [len(values)]
-        return self._initializer(
-            ir.PackedTensor(packed, ir.DataType.UINT4, shape=ir.Shape(shape), name=name)
-        )
+        name, shape = f"{self.name}.{what}", ir.Shape(values.shape)
+        return self._initializer(ir.PackedTensor(packed, ir.DataType.UINT4, shape=shape, name=name))
 
     def node(self, op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Add a node and return its output."""
@@ -82,27 +80,30 @@ def table(name: str, found: Indexed, dtype: ir.DataType, shared: dict[str, ir.Va
         shared: constants that all weights of a file share; may be added to.
 
     Returns:
-        Its last node's output has the weight's shape and type.
+        Its last node's output has the weight's name, shape and type.
     """
     decoder = Decoder(name, shared)
     groups, k = found.codebook.shape
     raw = found.codebook.reshape(-1)
     numpy_type = {"BFLOAT16": ir.DataType.BFLOAT16.numpy()}.get(dtype.name, dtype.numpy())
     codebook = decoder.constant("codebook", raw.view(numpy_type))
-    shape = decoder.constant("shape", np.array(found.shape, np.int64))
     if groups * k == 1:
-        decoder.node("Expand", codebook, shape)
-        return decoder
-    if k == 1:
-        indices = decoder.constant("zeros", np.zeros(1, np.int32))
-        indices = decoder.node("Expand", indices, _constant_shape(decoder, (len(found.indices),)))
+        decoder.node("Expand", codebook, _constant_shape(decoder, found.shape))
+    elif groups == 1:
+        indices = _unpacked(decoder, found.indices.reshape(found.shape), found.width)
+        decoder.node("Gather", codebook, indices, axis=0)
     else:
-        indices = _unpacked(decoder, found.indices, found.width)
-    if groups > 1:
-        indices = decoder.node("Reshape", indices, _constant_shape(decoder, found.layout()))
+        layout = found.layout()
+        if k == 1:
+            zeros = decoder.constant("zeros", np.zeros(1, np.int32))
+            indices = decoder.node("Expand", zeros, _constant_shape(decoder, layout))
+        else:
+            indices = _unpacked(decoder, found.indices.reshape(layout), found.width)
         first = decoder.constant("first", np.arange(groups, dtype=np.int32)[:, None] * k)
         indices = decoder.node("Add", indices, first)
-    decoder.node("Gather", codebook, decoder.node("Reshape", indices, shape), axis=0)
+        indices = decoder.node("Reshape", indices, _constant_shape(decoder, found.shape))
+        decoder.node("Gather", codebook, indices, axis=0)
+    decoder.nodes[-1].outputs[0].name = name
     return decoder
 
 
@@ -133,7 +134,7 @@ def _pieces(width: int) -> list[int]:
 
 
 def _piece(decoder: Decoder, values: NDArray[np.uint8], bits: int, what: str) -> ir.Value:
-    """Add (N,) values of some bits; return them one a byte or, of 4 bits, as uint4.
+    """Add values of some bits; return them, in their shape, one a byte or, of 4 bits, as uint4.
 
     uint4 needs opset 21. uint2 would need opset 25, which few runtimes read: several values of 1
     or 2 bits lie in a byte, and a table that all weights share spreads them. Shifting them out
@@ -144,7 +145,7 @@ def _piece(decoder: Decoder, values: NDArray[np.uint8], bits: int, what: str) ->
     if bits == 4:
         return decoder.nibbles(what, values)
     per = 8 // bits
-    padded = np.append(values, np.zeros(-len(values) % per, np.uint8)).reshape(-1, per)
+    padded = np.append(values, np.zeros(-values.size % per, np.uint8)).reshape(-1, per)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     packed = np.bitwise_or.reduce(padded << shifts, axis=1)
     spread = decoder.shared_constant(
@@ -153,11 +154,11 @@ def _piece(decoder: Decoder, values: NDArray[np.uint8], bits: int, what: str) ->
     )
     rows = decoder.node("Cast", decoder.constant(what, packed), to=ir.DataType.INT32)
     spread = decoder.node("Gather", spread, rows, axis=0)
-    flat = decoder.node("Reshape", spread, _constant_shape(decoder, (-1,)))
-    if padded.size == len(values):
-        return flat
-    start, stop = (np.array([n], np.int64) for n in (0, len(values)))
-    return decoder.node(
-        "Slice", flat, decoder.constant(f"{what}_start", start),
-        decoder.constant(f"{what}_stop", stop),
-    )  # fmt: skip
+    if padded.size > values.size:
+        flat = decoder.node("Reshape", spread, _constant_shape(decoder, (-1,)))
+        start, stop = (np.array([n], np.int64) for n in (0, values.size))
+        spread = decoder.node(
+            "Slice", flat, decoder.constant(f"{what}_start", start),
+            decoder.constant(f"{what}_stop", stop),
+        )  # fmt: skip
+    return decoder.node("Reshape", spread, _constant_shape(decoder, values.shape))

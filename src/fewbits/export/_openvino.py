@@ -1,6 +1,7 @@
 """OpenVINO: the same lookup in its own format, from the ONNX graph."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -112,3 +113,5 @@ def _convert(data: bytes, path: Path) -> None:
         raise FewbitsError(f"OpenVINO cannot read the model: … {reason}") from error
     # Constants stay as they are: 16-bit floats would not be the model's values.
     ov.save_model(converted, path, compress_to_fp16=False)
+    # A sixth of the description is indentation.
+    path.write_bytes(re.sub(rb">\s+<", b"><", path.read_bytes()))
