@@ -157,6 +157,7 @@ def test_one_step_on_a_grid_moves_weights_the_share_that_nearest_moves_them(k):
     for regularizer in (Nearest(), Periodic()):
         layer, clustering = attach(weight.clone(), codebook, regularizer, pull=fewbits.Penalty(3.0))
         clustering.loss().backward()
+        assert layer.weight.grad is not None
         with torch.no_grad():
             layer.weight -= 0.05 * layer.weight.grad
         # 2 x 3 x 0.05 of the way; the sine is a parabola up to a share of (pi x 0.01)^2.

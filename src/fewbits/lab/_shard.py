@@ -13,6 +13,7 @@ from .._clustering import Clustering
 from .._errors import PlanError
 from .._sharded import is_sharded
 from .._stack import stackable
+from .config import Config
 from .methods import METHODS, REGULARIZERS
 
 # A layer of fewer parameters is gathered together with the rest of the network: an exchange takes
@@ -23,27 +24,26 @@ _LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 _READ_BY_OTHERS = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
-def check(methods: tuple[str, ...], regularizer: str) -> None:
+def check(config: Config) -> None:
     """Refuse what does not train on parts of weights, before any work.
 
     Args:
-        methods: by name.
-        regularizer: by name.
+        config: of the run.
 
     Raises:
         PlanError: with the remedy.
     """
     if "ignored_params" not in _fully_shard_settings():
         raise PlanError(f"--shard needs torch 2.7 or newer; this is {torch.__version__}.")
-    for name in methods:
+    for name in config.methods:
         if METHODS[name].peer:
             raise PlanError(
                 f"{name} trains whole weights only. Leave it out, or leave out --shard: each"
                 " process then holds the whole network."
             )
-        if METHODS[name].attach and not stackable(REGULARIZERS[regularizer]()):
+        if METHODS[name].attach and not stackable(REGULARIZERS[config.regularizer](config.rate)):
             raise PlanError(
-                f"regularizer {regularizer!r} does not work with --shard. Use nearest-2 or"
+                f"regularizer {config.regularizer!r} does not work with --shard. Use nearest-2 or"
                 " nearest-1, or leave out --shard."
             )
 

@@ -111,7 +111,7 @@ class Comparison:
         about = {"data": [[len(some), int(some.sum())] for some in labels], "shard": self.shard}
         _processes.check_same("config", asdict(self.config) | about)
         if self.shard:
-            check_shard(self.config.methods, self.config.regularizer)
+            check_shard(self.config)
         if not steps_per_epoch(self.data, self.config.batch_size):
             raise PlanError(f"{self.data.name}: one training image makes no batch. Give more.")
         model = self.float.fresh(self.config.seeds[0])
