@@ -10,8 +10,8 @@ from typing import Any
 
 from .._errors import FileError, PlanError, did_you_mean
 from .._plan import Granularity, check_k
+from ._optimizers import OPTIMIZERS
 from .methods import METHODS, REGULARIZERS
-from .training import OPTIMIZERS
 
 # What a list in the TOML file holds, and the least value of each whole number.
 _ITEMS: dict[str, type] = {"methods": str, "k": int, "seeds": int, "exclude": str}

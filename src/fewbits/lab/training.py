@@ -15,6 +15,7 @@ from .._clustering import Clustering
 from .._errors import CodebookError, FileError
 from .._finetune import reestimate_batch_norm
 from ._folder import load_checkpoint, save_checkpoint
+from ._optimizers import OPTIMIZERS
 from ._parallel import one_batch, parallel, shared_loss
 from ._shard import load_model, load_optimizer, sharded, whole
 from .data import Augment, ImageData, batches
@@ -24,13 +25,6 @@ from .progress import Progress
 # Training images used to re-estimate batch-norm statistics, and per batch in evaluation.
 REESTIMATION_IMAGES = 4096
 EVALUATION_BATCH = 512
-
-
-# By name: parameter groups and the learning rate of those that name none -> an optimizer.
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
-    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True),
-    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
-}
 
 
 def training_batches(
