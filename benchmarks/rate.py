@@ -5,7 +5,8 @@ them the float networks of the same study, coded by nncodec, the reference softw
 network coding, at several step sizes, with and without dependent quantization. It wants an
 environment of its own (pip install nncodec 'numpy<2'), whose Python --nncodec names:
 
-    python benchmarks/rate.py studies/rate.toml --out runs/rate --nncodec ~/nncodec/bin/python
+    python benchmarks/rate.py studies/rate.toml --out runs/rate \\
+        --nncodec ~/nncodec/bin/python > docs/results/bits.md
 
 Every accuracy is that of the decoded network after batch-norm statistics are re-estimated. A
 weight's bits are those of the whole file without the parameters that are left as they are, which
@@ -29,7 +30,7 @@ from torch import Tensor
 import fewbits
 from fewbits.lab import data as lab_data
 from fewbits.lab._floats import shared_folder
-from fewbits.lab.compare import Comparison
+from fewbits.lab.compare import Comparison, environment
 from fewbits.lab.models import build
 from fewbits.lab.progress import Progress
 from fewbits.lab.study import Cell, read_study
@@ -46,6 +47,20 @@ stream = encode(weights, settings)
 decoded = decode(bytearray(stream), {"lsa": False, "bnf": False})
 numpy.savez(target, **{name: decoded[name] for name in weights})
 print("bytes", len(stream))
+"""
+
+HEAD = """# Bits against accuracy
+
+Rows of fewbits and of LSQ are those of a [study](rate/report.md): the same start, data and epochs.
+Rows of nncodec are the same float networks, trained for as many epochs, coded after training by the
+reference software of MPEG's neural network coding. A weight's bits are those of the whole file
+without the parameters that are left as they are; a drop is in points against the float network,
+with batch-norm statistics re-estimated.
+
+```sh
+fewbits study studies/rate.toml
+python benchmarks/rate.py studies/rate.toml --out runs/rate --nncodec NNCODEC/bin/python
+```
 """
 
 Row = tuple[str, float, float]  # what, bits a weight, drop in points
@@ -121,8 +136,19 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def machine(python: str) -> str:
+    """Say what the figures depend on."""
+    ask = "import importlib.metadata as m; print(m.version('nncodec'))"
+    said = subprocess.run([python, "-c", ask], stdout=subprocess.PIPE, text=True, check=True)
+    about = environment(torch.device("cpu"))
+    return (
+        f"{about['device']}, torch {about['torch']}, Python {about['python']}, fewbits"
+        f" {about['fewbits']}; nncodec {said.stdout.strip()}."
+    )
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("study", type=Path, help="the study's file")
     parser.add_argument("--out", type=Path, required=True, help="the folder it was carried out in")
@@ -141,7 +167,7 @@ def main() -> None:
     rest = sum(4 * t.numel() for t in model.state_dict().values() if t.is_floating_point())
     rows = our_rows(results, rest - 4 * weights, weights)
     rows += nncodec_rows(given.nncodec, cells, given.out / "float", given.qp)
-    print(table(rows))
+    print(f"{HEAD}\n{machine(given.nncodec)}\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
