@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed-$(subst /,_,$(subst $() ,_,$(TORCH)))
 
-.PHONY: demo test check types docs dist setup clean
+.PHONY: demo test check docs dist setup clean
 
 demo: setup
 	$(BIN)/fewbits compare --data digits --bits 1,2 --seed 0-2 --methods kmeans,kmeans-finetuned,penalty,penalty-snapped --out runs/demo --overwrite $(ARGS)
@@ -18,9 +18,6 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
-
-# Every public name must have a type: it takes a minute or two, so it stands apart from `check`.
-types: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/basedpyright --verifytypes fewbits --ignoreexternal
 
 docs: setup

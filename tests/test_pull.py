@@ -132,6 +132,8 @@ def test_the_proximal_step_minimizes_its_definition(case, p, amount):
         assert torch.equal(moved[arrived], center[arrived]), "arrived exactly"
 
 
+# From torch 2.14 on opcheck asks a copy for its gradient, and hides its own warning too late.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_compiler_is_told_the_truth_about_the_snapped_read(axis, layout):
