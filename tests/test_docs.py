@@ -185,7 +185,7 @@ def test_the_pages_of_results_are_what_their_data_files_say():
         assert module.page(json.loads(file.read_text())) == file.with_suffix(".md").read_text()
     for file in sorted((ROOT / "docs" / "results").glob("*/results.json")):
         assert study_page(json.loads(file.read_text())) == (file.parent / "report.md").read_text()
-    for name in ("seven_billion",):
+    for name in ("minilm", "seven_billion"):
         made = loaded(name)
         assert made.PAGE.read_text() == made.page(made.results()), name
     made = loaded("drops")
