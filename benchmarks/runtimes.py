@@ -285,7 +285,7 @@ def measure(form: str, path: Path) -> dict[str, float]:
     run(x)
     load = time.perf_counter() - start
     times = []
-    while len(times) < 5 or (sum(times) < 2 and len(times) < 500):
+    while len(times) < 5 or (sum(times) < 1 and len(times) < 500):
         start = time.perf_counter()
         run(x)
         times.append(time.perf_counter() - start)

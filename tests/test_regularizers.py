@@ -159,7 +159,7 @@ def test_one_step_on_a_grid_moves_weights_the_share_that_nearest_moves_them(k):
         clustering.loss().backward()
         assert layer.weight.grad is not None
         with torch.no_grad():
-            layer.weight -= 0.05 * layer.weight.grad
+            layer.weight -= 0.05 * gradient(layer.weight)
         # 2 x 3 x 0.05 of the way; the sine is a parabola up to a share of (pi x 0.01)^2.
         expected = codebook[0].repeat_interleave(2) + 0.7 * offsets
         torch.testing.assert_close(layer.weight[0], expected, rtol=0, atol=0.02 / k * 1e-3)
