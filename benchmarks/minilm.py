@@ -283,8 +283,9 @@ def found_out(rows: list[dict[str, Any]]) -> list[str]:
         (least,) = (r for r in rows if (r["bits"], r["method"]) == (row["bits"], "k-means a layer"))
         missing = (1 - row["cosine"]) / (1 - least["cosine"])
         lines.append(
-            f"- {row['bits']} bits: distilling for {row['seconds']:.0f} s leaves {missing:.0%} of"
-            f" what k-means lacks to a cosine of 1 ({least['cosine']:.3f} to {row['cosine']:.3f}); the"
+            f"- {row['bits']} bits: distilling for {row['seconds']:.0f} s leaves"
+            f" {missing:.0%} of what k-means lacks to a cosine of 1 ({least['cosine']:.3f} to"
+            f" {row['cosine']:.3f}); the"
             f" order of similarities goes from {least['spearman']:.3f} to {row['spearman']:.3f}."
         )
     return lines

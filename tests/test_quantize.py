@@ -132,3 +132,52 @@ def test_a_clustered_model_cannot_be_quantized():
     fewbits.Clustering(model, k=2)
     with pytest.raises(fewbits.PlanError, match=r"0\.weight is clustered already"):
         fewbits.quantize(model, k=2)
+
+
+def unequal_layers(scale: float) -> nn.Sequential:
+    """Two layers of normal weights, the second's `scale` times as large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50, bias=False), nn.Linear(50, 30, bias=False))
+    with torch.no_grad():
+        for layer, size in zip(model, (1.0, scale), strict=True):
+            nn.init.normal_(layer.get_parameter("weight"), std=size)
+    return model
+
+
+def bits(model: nn.Module) -> list[float]:
+    """Entropy of each weight's values in float64, bits."""
+    found = []
+    for weight in model.parameters():
+        counts = weight.detach().unique(return_counts=True)[1].double()
+        share = counts / counts.sum()
+        found.append(float(-(share * share.log2()).sum()))
+    return found
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_bit_has_one_price_in_the_whole_network(trained: bool):
+    model = unequal_layers(0.01)
+    if trained:
+        clustering = fewbits.Clustering(
+            model, k=8, regularizer=fewbits.regularizers.RateAware(0.05)
+        )
+        with pytest.warns(UserWarning, match=r"1\.weight: all weights share one representative"):
+            for _ in range(200):  # until the running usage is that of the assignment
+                clustering.loss().backward()
+                clustering.step()
+        clustering.harden()
+    else:
+        fewbits.quantize(model, k=8, method="entropy", rate=0.05)
+    large, small = bits(model)
+    assert large > 1.5 and small == 0
+
+
+def test_the_price_is_in_the_mean_variance_of_the_layers():
+    alone, equal = unequal_layers(1.0), unequal_layers(1.0)
+    fewbits.quantize(equal, k=8, method="entropy", rate=0.1)
+    first, second = (w.detach().double() for w in alone.parameters())
+    total = first.numel() * first.var(correction=0) + second.numel() * second.var(correction=0)
+    mean = float(total / (first.numel() + second.numel()))
+    only = nn.Sequential(alone[0])  # of another variance than both together
+    fewbits.quantize(only, k=8, method="entropy", rate=0.1 * mean / float(first.var(correction=0)))
+    assert torch.equal(only[0].get_parameter("weight"), equal[0].get_parameter("weight"))

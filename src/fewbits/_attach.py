@@ -181,7 +181,8 @@ class Attached:
         own = {
             n: p.detach().view_as(order).gather(1, order) for n, p in zip(names, extra, strict=True)
         }
-        return Pieces(weight, codebook, self.std(), self.usage.to(codebook.device), own, step)
+        usage, cost = self.usage.to(codebook.device), self.switch.cost
+        return Pieces(weight, codebook, self.std(), usage, own, step, cost)
 
     def _version(self) -> tuple[int, int]:
         weight = self.weight
@@ -192,25 +193,32 @@ class Attached:
 
         NaN or infinite where a weight is. Kept until the weight is written to.
         """
+        spread = self.spread()
+        return torch.where(spread == 0, torch.ones_like(spread), spread)
+
+    def spread(self) -> Tensor:
+        """Return the standard deviation as it is: 0 where all weights are equal."""
         key = self._version()
         if is_sharded(self.weight):
             found = Sharding([self.weight], [self.planned.groups]).measure(self.rows()[0], 2)
-            std = (found[1][0] / self.weight.numel()).sqrt().to(compute_dtype(self.weight))
-            return torch.where(std == 0, torch.ones_like(std), std)
+            return (found[1][0] / self.weight.numel()).sqrt().to(compute_dtype(self.weight))
         if self._std is None or self._std[0] != key:
-            std = std_of(self.weight.detach())
-            self._std = (key, torch.where(std == 0, torch.ones_like(std), std))
+            self._std = (key, std_of(self.weight.detach()))
         return self._std[1]
 
     def forget(self) -> None:
         """In place: measure anew, for weights that were written through `.data`."""
         self._std = None
 
-    def update_cost(self, regularizer: Regularizer) -> None:
-        """In place: make the snapped read assign as the regularizer does, from now on."""
-        cost = regularizer.cost(self.usage)
-        std = None if cost is None else self.std()
-        self.switch.cost = None if std is None or cost is None else cost.to(std) * std.square()
+    def update_cost(self, cost: Tensor, variance: Tensor) -> None:
+        """In place: assign at a price from now on.
+
+        Args:
+            cost: (G, K), in `variance`.
+            variance: 0-d, in squared units of the weights.
+        """
+        dtype = compute_dtype(self.weight)
+        self.switch.cost = (cost.double() * variance.to(cost.device)).to(dtype)
 
     def boundaries(self) -> Tensor:
         """Return where assignment changes, (G, K - 1) ascending."""

@@ -28,7 +28,7 @@ from ._file import (
     write,
 )
 from ._indexed import bits_of
-from ._quantize import Method, quantized_values
+from ._quantize import DEFAULT_RATE, Method, mean_variance, quantized_values
 from ._rules import Granularity, check_granularity, check_k
 
 
@@ -188,11 +188,22 @@ def quantize_checkpoint(
                 near = did_you_mean(pattern, weights)
                 raise PlanError(f"no weight matches {pattern!r}.{near} `inspect` lists the names.")
 
-        def source_of(row: Stored) -> Callable[[], Tensor]:
+        def chosen(row: Stored) -> bool:
             left = not _wide(row) or any(fnmatch.fnmatchcase(row.name, p) for p in exclude)
-            if left or not _shrinks(row, k, granularity):
+            return not left and _shrinks(row, k, granularity)
+
+        worth = 0.0
+        if method == "entropy":
+            taken = (checkpoint.tensor(row.name) for row in checkpoint.stored if chosen(row))
+            worth = DEFAULT_RATE * mean_variance(taken)
+
+        def source_of(row: Stored) -> Callable[[], Tensor]:
+            if not chosen(row):
                 return lambda: checkpoint.tensor(row.name)
-            return lambda: _quantized(row.name, checkpoint.tensor(row.name), k, granularity, method)
+            groups = row.shape[0] if granularity == "channel" else 1
+            return lambda: _quantized(
+                row.name, checkpoint.tensor(row.name), k, groups, method, worth
+            )
 
         sources = {row.name: source_of(row) for row in checkpoint.stored}
         write(target, Tensors(sources, checkpoint.tied), coder=coder, progress=progress)
@@ -210,11 +221,10 @@ def _shrinks(row: Stored, k: int, granularity: Granularity) -> bool:
 
 
 def _quantized(
-    name: str, weight: Tensor, k: int, granularity: Granularity, method: Method
+    name: str, weight: Tensor, k: int, groups: int, method: Method, worth: float
 ) -> Tensor:
     check_finite(name, weight)
-    groups = weight.shape[0] if granularity == "channel" else 1
-    values = quantized_values(grouped(weight, groups, 0), k, method)
+    values = quantized_values(grouped(weight, groups, 0), k, method, worth)
     return ungrouped(values, weight, groups, 0)
 
 

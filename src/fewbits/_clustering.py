@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._attach import Attached
 from ._care import Watch, check_numbers, look_after
-from ._codebook import INITS, Init, check_finite, grouped, initial_codebook
+from ._codebook import INITS, Init, check_finite, grouped, initial_codebook, pooled_variance
 from ._errors import PlanError, did_you_mean
 from ._gap import Gap, layer_gap
 from ._penalty import LayerTerm, PenaltyFunction, StackTerm, Term, WeightHook
@@ -115,8 +115,8 @@ class Clustering:
             strength = strengths[planned.name]
             layer = Attached(self.model, planned, codebook, self.regularizer, strength, switch)
             switch.active = snapped_forward and layer.start == 0
-            layer.update_cost(self.regularizer)
             self._layers.append(layer)
+        self._update_costs()
         self._watch = Watch(self._layers if isinstance(pull, Penalty) else ())
         self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
         self._stacks = Stacks(self._layers) if stackable(self.regularizer) else None
@@ -184,8 +184,7 @@ class Clustering:
                     if self.pull is None:
                         layer.note_usage(counts, USAGE_MOMENTUM)
         if self._stacks is None:
-            for layer in self._layers:
-                layer.update_cost(self.regularizer)
+            self._update_costs()
 
     @torch.no_grad()
     def harden(self) -> None:
@@ -310,6 +309,17 @@ class Clustering:
             layer.switch.active = self.snapped_forward and self.steps >= layer.start
 
     # -- parts of a step ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _update_costs(self) -> None:
+        """In place: make layers assign as the regularizer does, from now on."""
+        costs = [self.regularizer.cost(layer.usage) for layer in self._layers]
+        if any(cost is not None for cost in costs):
+            sizes = [layer.weight.numel() for layer in self._layers]
+            variance = pooled_variance(sizes, [layer.spread() for layer in self._layers])
+            for layer, cost in zip(self._layers, costs, strict=True):
+                if cost is not None:
+                    layer.update_cost(cost, variance)
 
     def _stacked(self, step: int) -> list[tuple[Stack, list[float]]]:
         """Return the stacks with the strengths of their layers at a step."""

@@ -1,7 +1,7 @@
 """Codebooks as tensors: where they start, which weight goes where, what snapping costs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -73,6 +73,23 @@ def refuse_bad(name: str, bad: int, size: int, when: str = "") -> None:
             f"{name}: {bad:,} of {size:,} values are NaN or infinite{when}."
             " Load a good checkpoint, or lower the learning rate that led here."
         )
+
+
+def pooled_variance(sizes: Sequence[int], stds: Sequence[Tensor]) -> Tensor:
+    """Return the mean squared deviation of all weights from the mean of their own layer.
+
+    Args:
+        sizes: weights of each layer.
+        stds: the standard deviation of each, 0-d.
+
+    Returns:
+        0-d float64, on the device of the first; 0 without weights.
+    """
+    device = stds[0].device if stds else None
+    squares = [
+        size * std.double().square().to(device) for size, std in zip(sizes, stds, strict=True)
+    ]
+    return torch.stack(squares).sum() / max(sum(sizes), 1) if squares else torch.zeros(())
 
 
 def std_of(weight: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ class Pieces:
         usage: (G, K) running share.
         parameters: the regularizer's own tensors, (G, K) each, in codebook order.
         step: steps taken.
+        cost: (G, K) what assigning costs besides the squared distance, in squared units of the
+            weights; None to assign to the nearest.
     """
 
     weight: Tensor
@@ -120,17 +122,17 @@ class Pieces:
     usage: Tensor
     parameters: Mapping[str, Tensor]
     step: int
+    cost: Tensor | None
 
-    def boundaries(self, regularizer: Regularizer) -> Tensor | None:
+    def boundaries(self) -> Tensor | None:
         """Return where assignment changes, (G, K - 1) ascending; None for the midpoints."""
-        cost = regularizer.cost(self.usage)
-        return None if cost is None else boundaries_of(self.codebook, cost * self.std**2)
+        return None if self.cost is None else boundaries_of(self.codebook, self.cost)
 
     def walk(self, regularizer: Regularizer) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yield rows, columns, the normalised weights and their indices, piece by piece."""
         k = self.codebook.shape[1]
         size = max(1, COMPARED // k) if regularizer.compares_all else PIECE
-        boundaries = self.boundaries(regularizer)
+        boundaries = self.boundaries()
         boundaries = midpoints(self.codebook) if boundaries is None else boundaries
         dtype = compute_dtype(self.weight)
         for rows, columns, indices in assign_pieces(self.weight, boundaries, size):
@@ -155,7 +157,7 @@ def evaluate(regularizer: Regularizer, layer: Pieces) -> tuple[Tensor, Tensor, d
     """
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
-        boundaries = layer.boundaries(regularizer)
+        boundaries = layer.boundaries()
         totals, _, counts, sums = measure_all([layer.weight], layer.codebook, boundaries, power)
         scale = 1 / (size * layer.std.double() ** power)
         return totals[0] * scale, counts, {"codebook": sums * (-power * scale)}
@@ -196,7 +198,7 @@ def add_weight_gradient(
     size = max(layer.weight.numel(), 1)
     if power := regularizer.power:
         scale = power * factor / (size * layer.std.double() ** power)
-        boundaries = layer.boundaries(regularizer)
+        boundaries = layer.boundaries()
         pull_all([out], [layer.weight], layer.codebook, boundaries, power, scale.view(1))
         return
     codebook = layer.codebook / layer.std
@@ -223,7 +225,7 @@ def proximal_step(regularizer: Regularizer, layer: Pieces, amount: float) -> Non
     if power := regularizer.power:
         way = layer.std.new_full((1,), amount / (1 + amount) if power == 2 else amount).double()
         way = way if power == 2 else way * layer.std
-        move_all([out], layer.codebook, layer.boundaries(regularizer), power, way)
+        move_all([out], layer.codebook, layer.boundaries(), power, way)
         return
     codebook = layer.codebook / layer.std
     for rows, columns, part, indices in layer.walk(regularizer):

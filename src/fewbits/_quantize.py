@@ -1,6 +1,7 @@
 """After training: uniform, k-means and entropy-constrained quantization."""
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -10,7 +11,9 @@ from ._codebook import (
     check_finite,
     grouped,
     initial_codebook,
+    pooled_variance,
     rate_aware_boundaries,
+    std_of,
     ungrouped,
 )
 from ._errors import PlanError, did_you_mean
@@ -45,7 +48,7 @@ def quantize(
         plan: a plan for this model instead. Exactly one of the three.
         method: "kmeans", least squared error; "uniform", an even grid from the smallest to the
             largest weight; "entropy", least squared error plus `rate` x bits of the index.
-        rate: for "entropy": what a bit per weight is worth in squared standard deviations.
+        rate: for "entropy": what a bit is worth, in the mean variance of the layers' weights.
 
     Returns:
         The plan that was carried out.
@@ -66,16 +69,32 @@ def quantize(
     weights = dict(model.named_parameters(remove_duplicate=False))
     for planned in plan.selected:
         check_finite(planned.name, weights[planned.name])
+    worth = 0.0
+    if method == "entropy":
+        worth = rate * mean_variance([weights[p.name].detach() for p in plan.selected])
     for planned in plan.selected:
         weight = weights[planned.name].detach()
         view = grouped(weight, planned.groups, planned.axis)
-        values = quantized_values(view, planned.k, method, rate)
+        values = quantized_values(view, planned.k, method, worth)
         weight.copy_(ungrouped(values, weight, planned.groups, planned.axis))
     return plan
 
 
+def mean_variance(weights: Iterable[Tensor]) -> float:
+    """Return the mean squared deviation of all weights from the mean of their own tensor.
+
+    Args:
+        weights: floating point; looked at one by one.
+    """
+    sizes, stds = [], []
+    for weight in weights:
+        sizes.append(weight.numel())
+        stds.append(std_of(weight))
+    return float(pooled_variance(sizes, stds))
+
+
 def quantized_values(
-    weight: Tensor, k: int, method: Method = "kmeans", rate: float = DEFAULT_RATE
+    weight: Tensor, k: int, method: Method = "kmeans", worth: float = 0.0
 ) -> Tensor:
     """Return weights on k values per row; see `quantize`.
 
@@ -83,15 +102,14 @@ def quantized_values(
         weight: (G, n) floating point, finite.
         k: number of values per row.
         method: as in `quantize`.
-        rate: as in `quantize`.
+        worth: for "entropy": what a bit is worth, in squared units of the weights.
 
     Returns:
         (G, n), dtype of `weight`.
     """
     codebook = initial_codebook(weight, k, "uniform" if method == "uniform" else "kmeans")
-    if method != "entropy" or rate == 0:
+    if method != "entropy" or worth == 0:
         return snap(weight, codebook, midpoints(codebook))
-    worth = rate * weight.double().var(correction=0)
     codebook = codebook.double()
     boundaries = midpoints(codebook)
     for _ in range(_ROUNDS):

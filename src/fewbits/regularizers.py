@@ -83,7 +83,8 @@ class Regularizer(ABC):
             usage: (G, K) running share of each representative.
 
         Returns:
-            (G, K) in squared standard deviations, or None to assign to the nearest.
+            (G, K) in the mean variance of all clustered weights, each about the mean of its own
+            layer; or None to assign to the nearest.
         """
         return None
 
@@ -257,8 +258,9 @@ class RateAware(Regularizer):
     """Nearest-2 with assignment that also counts the bits of the entropy-coded index: eq. 6.
 
     Attributes:
-        rate: bits against squared error, beta >= 0: a bit saved is worth `rate` squared standard
-            deviations. 0 is nearest-2.
+        rate: bits against squared error, beta >= 0: a bit saved is worth a squared distance of
+            `rate` times the mean variance of all clustered weights. One price for the whole
+            network: a layer of small weights gets few bits. 0 is nearest-2.
         pin_zero: hold the representative nearest to zero at exactly zero, so that weights
             become sparse.
     """
