@@ -5,13 +5,14 @@ import re
 import sys
 from pathlib import Path
 
-import fewbits
+import torch
+
+before = set(sys.modules)  # what torch itself loads, where it is there: tqdm
+import fewbits  # noqa: E402
 
 OPTIONAL = {"click", "filelock", "jinja2", "matplotlib", "onnx", "optuna", "sklearn", "tqdm"}
-loaded = {name.partition(".")[0] for name in sys.modules}
+loaded = {name.partition(".")[0] for name in sys.modules.keys() - before}
 assert not loaded & OPTIONAL, loaded & OPTIONAL
-
-import torch  # noqa: E402  (what fewbits imports by itself is looked at first)
 
 folder = Path(fewbits.__file__).parent
 files = [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
