@@ -218,7 +218,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
                     above.axhline(limit, color="gray", ls=":", lw=1)
                     above.text(SIZES[0], limit, about, va="bottom", fontsize=7, color="gray")
             above.set(xscale="log", yscale="log", xlabel=f"weights, K = {K}", ylabel=label)
-            below.set(xscale="log", yscale="log", xlabel="K, 10^5 weights", ylabel=label)
+            if below.lines:
+                below.set(xscale="log", yscale="log")
+            below.set(xlabel="K, 10^5 weights", ylabel=label)
             for axes in (above, below):
                 axes.grid(alpha=0.3)
         grid[0, 0].legend(fontsize=7)

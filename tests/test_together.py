@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def network() -> nn.Sequential:
     )
 
 
-def attach(model, monkeypatch, alone, granularity="layer"):
+def attach(model, monkeypatch, alone, granularity: Any):
     with monkeypatch.context() as patch:
         if alone:
             patch.setattr(_stack, "_is_small", lambda layer: False)
@@ -29,7 +30,7 @@ def attach(model, monkeypatch, alone, granularity="layer"):
     return clustering
 
 
-def both(monkeypatch, granularity="layer"):
+def both(monkeypatch, granularity: Any = "layer"):
     """The network with its clustering, snapped in one call and layer by layer."""
     pairs = []
     for alone in (False, True):

@@ -140,7 +140,8 @@ class _SnapAll(torch.autograd.Function):
                             "a weight or codebook was modified by an inplace operation between"
                             " the forward pass and backward()."
                         )
-            found = _codebook_gradients(ctx, here, gradients)
+            given = [g for i in here if (g := gradients[i]) is not None]
+            found = _codebook_gradients(ctx, here, given)
             own = [ctx.codebooks[i] for i in here]
             split = _unflatten_dense_tensors(found.to(own[0].dtype).view(-1), own)
             for i, gradient in zip(here, split, strict=True):
@@ -148,7 +149,7 @@ class _SnapAll(torch.autograd.Function):
         return (None, *gradients, *to_codebooks)
 
 
-def _codebook_gradients(ctx, here: list[int], gradients: Sequence[Tensor | None]) -> Tensor:
+def _codebook_gradients(ctx, here: list[int], gradients: list[Tensor]) -> Tensor:
     """Return the (R, K) gradient of the codebooks of some layers in their own order, float64."""
     views, boundaries, order = ctx.views, ctx.boundaries, ctx.order
     if len(here) < len(views):
@@ -158,7 +159,8 @@ def _codebook_gradients(ctx, here: list[int], gradients: Sequence[Tensor | None]
         rows = chosen.repeat_interleave(groups)
         boundaries, order = boundaries[rows], order[rows]
         views = Weights(views[i] for i in here)
-    values = [gradients[i].contiguous().view(v.shape) for i, v in zip(here, views, strict=True)]
+    pairs = zip(gradients, views, strict=True)
+    values = [gradient.contiguous().view(view.shape) for gradient, view in pairs]
     counts, sums = sums_all(values, views, boundaries)
     # As `_snapped._codebook_gradient`: eq. 12 of docs/method.md.
     reduced = sums / counts.clamp(min=1).sqrt()

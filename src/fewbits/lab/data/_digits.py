@@ -45,4 +45,5 @@ def _table() -> np.ndarray:
         return np.loadtxt(path, delimiter=",")
     from sklearn import datasets
 
-    return np.column_stack(datasets.load_digits(return_X_y=True))
+    pixels, target = datasets.load_digits(return_X_y=True)
+    return np.column_stack([pixels, np.asarray(target)])
