@@ -22,7 +22,7 @@ LAYERS = [
     {"regularizers", "_plan"},
     {"_file"},
     {"compressed", "_loading"},
-    {"_pull"},
+    {"_pull", "_together"},
     {"_snapped", "_resolve"},
     {"_attach"},
     {"_stack", "_care", "_gap"},

@@ -200,6 +200,8 @@ def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
 @click.option("--k", default="4,16,256", show_default=True, callback=_numbers, help="Values: 4,16.")
 @click.option("--weights", default=45_088_768, show_default=True, help="For passes and attaching.")
 @click.option("--pairs", default=10, show_default=True, help="Pairs measured in turn, 2 or more.")
+@click.option("--width", default=1.0, show_default=True, help="Multiplies the channel counts.")
+@click.option("--tables", callback=_words, help="Only these: passes,attaching,steps,layers.")
 @click.option(
     "--peers",
     is_flag=True,
@@ -213,21 +215,27 @@ def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, 
     \b
     fewbits bench                                    # VGG16, batch 32; some minutes
     fewbits bench --model convnet --batch 64 --k 4   # a small network
-    OMP_NUM_THREADS=1 fewbits bench --peers --k 16   # and what DKM, PARQ and LSQ cost
+    OMP_NUM_THREADS=1 fewbits bench --peers --k 16 --width 0.25 --pairs 3
+                                                     # and what DKM, PARQ and LSQ cost
     """  # noqa: D301
     from .lab import bench as lab
 
     if min(batch, weights, *k) < 1 or max(k) > 65_536 or pairs < 2:
         raise PlanError("give --batch and --weights above 0, --k from 1 to 65,536, --pairs from 2.")
+    network = {"model": model, "batch": batch, "width": how["width"], "pairs": pairs}
     if how["peers"]:
-        tables = {"peers": lab.peers(model, batch, k[0], pairs)}
+        tables = {"peers": lab.peers(k=k[0], **network)}
     else:
-        tables = {
-            "passes": lab.passes(weights, k, pairs),
-            "attaching": lab.attaching(weights, k),
-            "steps": lab.steps(model, batch, k, pairs),
-            "layers": lab.many_layers(batch, k, 4 * pairs),
+        measures = {
+            "passes": lambda: lab.passes(weights, k, pairs),
+            "attaching": lambda: lab.attaching(weights, k),
+            "steps": lambda: lab.steps(sizes=k, **network),
+            "layers": lambda: lab.many_layers(batch, k, 4 * pairs),
         }
+        for name in how["tables"] or ():
+            if name not in measures:
+                raise PlanError(f"--tables has {name!r}. Choose from {', '.join(measures)}.")
+        tables = {name: measures[name]() for name in how["tables"] or measures}
     if how["as_json"]:
         print(json.dumps(lab.environment() | tables, indent=1))
         return

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from ._attach import Attached
 from ._care import Watch, check_numbers, look_after
-from ._codebook import INITS, Init, check_finite, grouped, initial_codebook, pooled_variance
-from ._errors import PlanError, did_you_mean
+from ._codebook import Init, check_finite, grouped, initial_codebook, pooled_variance
+from ._errors import PlanError
 from ._gap import Gap, layer_gap
 from ._penalty import LayerTerm, PenaltyFunction, StackTerm, Term, WeightHook
 from ._plan import Plan, carried_out, unwrapped
 from ._pull import Penalty, Proximal
-from ._resolve import difference, strengths_of
+from ._resolve import check_choices, difference, strengths_of
 from ._sharded import is_sharded, show_shards
 from ._snapped import Switch
-from ._stack import Stack, Stacks, stackable
+from ._stack import Stack, Stacks, stackable, together
+from ._together import Together
 from .regularizers import Nearest, Regularizer
 
 # Steps between two looks at the health of the codebooks: a full assignment costs about 5 ns a
@@ -91,7 +92,7 @@ class Clustering:
         self.pull: Penalty | Proximal | None = pull
         self.snapped_forward: bool = snapped_forward
         self.init: Init = init
-        _check_choices(self.regularizer, pull, init)
+        check_choices(self.regularizer, pull, init)
         self.plan: Plan = carried_out(self.model, bits, k, plan)
         self.steps: int = 0
         self._hardened = False
@@ -120,6 +121,8 @@ class Clustering:
         self._watch = Watch(self._layers if isinstance(pull, Penalty) else ())
         self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
         self._stacks = Stacks(self._layers) if stackable(self.regularizer) else None
+        self._snapping: list[Together] | None = None
+        self._link()
         self._starting: dict[int, list[Attached]] = {}
         for layer in self._layers:
             self._starting.setdefault(layer.start, []).append(layer)
@@ -143,6 +146,7 @@ class Clustering:
         device = self._layers[0].weight.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             terms = self._terms(self.pull if isinstance(self.pull, Penalty) else None)
+        self._forget_snapped()
         self._watch.begin()
         # Taken into account by step(): asking for the loss changes nothing.
         self._last_terms = terms
@@ -174,6 +178,8 @@ class Clustering:
         self.steps += 1
         for layer in self._starting.get(self.steps, ()):
             self._start(layer)
+            self._snapping = None
+        self._forget_snapped()
         if type(self.regularizer).project is not Regularizer.project:
             for layer in self._layers:
                 self._project(layer)
@@ -259,10 +265,12 @@ class Clustering:
         try:
             for layer in self._layers:
                 layer.switch.active = True
+            self._link()
             yield
         finally:
             for layer, active in zip(self._layers, before, strict=True):
                 layer.switch.active = active
+            self._link()
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -307,6 +315,10 @@ class Clustering:
         for layer in self._layers:
             layer.load_state(state["layers"][layer.name])
             layer.switch.active = self.snapped_forward and self.steps >= layer.start
+        self._link()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_snapping": None}  # copies link their own layers
 
     # -- parts of a step ------------------------------------------------------------------------
 
@@ -320,6 +332,17 @@ class Clustering:
             for layer, cost in zip(self._layers, costs, strict=True):
                 if cost is not None:
                     layer.update_cost(cost, variance)
+
+    def _link(self) -> None:
+        """In place: have small layers that read as snapped weights snapped together."""
+        self._snapping = [] if self._stacks is None else together(self._layers)
+
+    def _forget_snapped(self) -> None:
+        """In place: snap anew at the next read, for weights that were written through `.data`."""
+        if self._snapping is None:
+            self._link()
+        for some in self._snapping or ():
+            some.forget()
 
     def _stacked(self, step: int) -> list[tuple[Stack, list[float]]]:
         """Return the stacks with the strengths of their layers at a step."""
@@ -405,14 +428,3 @@ class Clustering:
     def _check_active(self, what: str) -> None:
         if self._hardened:
             raise PlanError(f"{what}() after harden(): nothing is attached any more.")
-
-
-def _check_choices(regularizer: object, pull: object, init: object) -> None:
-    if not isinstance(regularizer, Regularizer):
-        raise PlanError(
-            f"regularizer is {regularizer!r}. Pass an object such as regularizers.Nearest()."
-        )
-    if pull is not None and not isinstance(pull, (Penalty, Proximal)):
-        raise PlanError(f"pull is {pull!r}. Pass fewbits.Penalty(…), fewbits.Proximal(…) or None.")
-    if init not in INITS:
-        raise PlanError(f"init is {init!r}.{did_you_mean(str(init), INITS)} Use one of {INITS}.")

@@ -3,9 +3,11 @@
 import fnmatch
 from collections.abc import Iterable, Mapping
 
+from ._codebook import INITS
 from ._errors import PlanError, did_you_mean
 from ._plan import Plan, PlannedWeight
 from ._pull import Penalty, Proximal
+from .regularizers import Regularizer
 from .schedules import Schedule, as_schedule, constant
 
 
@@ -51,3 +53,15 @@ def difference(theirs: Iterable[list], ours: Iterable[list]) -> str:
             ]
             return f"{name} was {parts[0]}, is {parts[1]}."
     return "the order of the weights differs."
+
+
+def check_choices(regularizer: object, pull: object, init: object) -> None:
+    """Raise a `PlanError` where `Clustering` was given something else than it takes."""
+    if not isinstance(regularizer, Regularizer):
+        raise PlanError(
+            f"regularizer is {regularizer!r}. Pass an object such as regularizers.Nearest()."
+        )
+    if pull is not None and not isinstance(pull, (Penalty, Proximal)):
+        raise PlanError(f"pull is {pull!r}. Pass fewbits.Penalty(…), fewbits.Proximal(…) or None.")
+    if init not in INITS:
+        raise PlanError(f"init is {init!r}.{did_you_mean(str(init), INITS)} Use one of {INITS}.")

@@ -1,6 +1,7 @@
 """The snapped forward pass: layers read snapped weights, gradients pass straight through."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
 from ._kernels import cluster_sums, compute_dtype, snap
 from ._plan import CODEBOOK_SUFFIX
 from ._sharded import is_sharded
+from ._together import Together
 
 # Where a layer keeps its switches while it is attached; plain Python attribute, not a parameter.
 SWITCHES = "_fewbits_switches"
@@ -24,11 +26,16 @@ class Switch:
         axis: channel axis of the groups.
         cost: (G, K) added to the squared distance when assigning, by rising representative, in
             squared units of the weights; None for plain nearest.
+        together: snaps this layer with others; not copied, as it holds their modules.
     """
 
     active: bool
     axis: int
     cost: Tensor | None = None
+    together: Together | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"together": None}
 
 
 def _forward(
@@ -209,6 +216,10 @@ def _reader(attribute: str):
             return weight  # a shard is not what the layer computes with
         codebook = self._parameters[attribute + CODEBOOK_SUFFIX]
         assert codebook is not None  # ours: registered when the property was installed
+        if switch.together is not None and _ordinary(weight):
+            snapped = switch.together.take(weight, codebook)
+            if snapped is not None:
+                return snapped
         return snap_through(weight, codebook, switch)
 
     return read

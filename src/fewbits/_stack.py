@@ -18,11 +18,8 @@ from ._attach import Attached
 from ._codebook import shares_memory
 from ._kernels import Weights, compute_dtype, measure_all, move_all
 from ._sharded import Sharding, is_sharded, process_group
+from ._together import SMALL, Together
 from .regularizers import Regularizer
-
-# Weights in a layer whose gradient is computed with all others' into one buffer and returned to
-# autograd: 256 KB of float32. Larger ones add theirs in place, where a call of its own is nothing.
-SMALL = 1 << 16
 
 
 def stackable(regularizer: Regularizer) -> bool:
@@ -194,6 +191,28 @@ def _is_small(layer: Attached) -> bool:
         and weight.is_contiguous()
         and (layer.planned.groups == 1 or layer.planned.axis == 0)
     )
+
+
+def together(layers: Sequence[Attached]) -> list[Together]:
+    """In place: have small layers of one kind on the CPU snapped in one call, if several.
+
+    Returns:
+        what snaps them.
+    """
+    alike: dict[tuple, list[Attached]] = {}
+    for layer in layers:
+        weight = layer.weight
+        layer.switch.together = None
+        if _is_small(layer) and weight.device.type == "cpu" and layer.switch.active:
+            kind = (weight.dtype, layer.codebook.dtype, layer.planned.k)
+            alike.setdefault(kind, []).append(layer)
+    found = []
+    for some in alike.values():
+        if len(some) > 1:
+            found.append(Together([(*layer.owners[0], layer.planned.groups) for layer in some]))
+            for layer in some:
+                layer.switch.together = found[-1]
+    return found
 
 
 class Stacks:

@@ -249,6 +249,17 @@ def test_bench_measures_every_variant_and_size(tmp_path):
     assert as_text.count("| penalty, convnet, batch 2 |") == 2
 
 
+def test_bench_measures_only_what_is_asked_for(tmp_path):
+    sizes = ["--batch", "2", "--weights", "3000", "--pairs", "2", "--k", "2"]
+    narrow = ["--tables", "attaching,steps", "--width", "0.5", "--json"]
+    result = fewbits(tmp_path, "bench", "--model", "convnet", *sizes, *narrow)
+    found = json.loads(result.stdout)
+    assert {"attaching", "steps"} == {n for n, rows in found.items() if isinstance(rows, list)}
+    assert found["steps"][0]["what"] == "penalty, convnet at width 0.5, batch 2"
+
+
 def test_bench_refuses_what_it_cannot_measure(tmp_path):
     result = fewbits(tmp_path, "bench", "--pairs", "1")
     assert result.returncode == 1 and "--pairs from 2" in result.stderr
+    result = fewbits(tmp_path, "bench", "--tables", "attaching,pases")
+    assert result.returncode == 1 and "--tables has 'pases'" in result.stderr

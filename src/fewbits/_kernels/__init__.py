@@ -55,13 +55,15 @@ def _by_device(function: Callable[P, R]) -> Callable[P, R]:
     """Return a function that calls its twin for the device of its first tensor."""
     name = function.__name__
     on_cpu = getattr(_made, name)
+    plain = getattr(_eager, name)
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> R:
         first = arguments[0]
         tensor = first if isinstance(first, Tensor) else next(iter(first), None)  # pyright: ignore
         on_cuda = tensor is not None and tensor.is_cuda
-        return (getattr(for_cuda(), name) if on_cuda else on_cpu)(*arguments, **named)
+        made = getattr(for_cuda(), name, plain) if on_cuda else on_cpu
+        return made(*arguments, **named)
 
     return call
 
@@ -73,7 +75,9 @@ midpoints = _by_device(_eager.midpoints)
 move_all = _by_device(_eager.move_all)
 pull_all = _by_device(_eager.pull_all)
 snap = _by_device(_eager.snap)
+snap_all = _by_device(_eager.snap_all)
 std = _by_device(_eager.std)
+sums_all = _by_device(_eager.sums_all)
 
 
 def kernels() -> dict[str, ModuleType]:

@@ -187,13 +187,21 @@ def assign(weight: Tensor, boundaries: Tensor) -> Tensor:
 
 def snap(weight: Tensor, codebook: Tensor, boundaries: Tensor) -> Tensor:
     """See `_eager.snap`."""
-    table = _Table.of([weight], codebook.shape[1])
-    if table is None:
-        return _eager.snap(weight, codebook, boundaries)
-    snapped = torch.empty_like(weight)
-    values = codebook.to(weight.dtype).float()
-    table.run(SNAP, codebook=values, boundaries=boundaries, outs=[snapped])
+    snapped = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    snap_all([snapped], [weight], codebook, boundaries)
     return snapped
+
+
+def snap_all(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], codebook: Tensor, boundaries: Tensor
+) -> None:
+    """See `_eager.snap_all`."""
+    table = _Table.of(weights, codebook.shape[1]) if _fit(1, outs) else None
+    if table is None:
+        _eager.snap_all(outs, weights, codebook, boundaries)
+        return
+    values = codebook.to(weights[0].dtype).float()
+    table.run(SNAP, codebook=values, boundaries=boundaries, outs=outs)
 
 
 def cluster_sums(
@@ -204,6 +212,16 @@ def cluster_sums(
     if table is None or not _fit(1, [values]):
         return _eager.cluster_sums(values, weight, boundaries, power)
     return table.sums(table.run(SUMS, boundaries=boundaries, outs=[values], power=power))
+
+
+def sums_all(
+    values: Sequence[Tensor], weights: Sequence[Tensor], boundaries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `_eager.sums_all`."""
+    table = _Table.of(weights, boundaries.shape[1] + 1) if _fit(1, values) else None
+    if table is None:
+        return _eager.sums_all(values, weights, boundaries)
+    return table.sums(table.run(SUMS, boundaries=boundaries, outs=values))
 
 
 def measure_all(

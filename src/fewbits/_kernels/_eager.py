@@ -363,6 +363,23 @@ def move_all(
     return counts, left
 
 
+def snap_all(
+    outs: Sequence[Tensor], weights: Sequence[Tensor], codebook: Tensor, boundaries: Tensor
+) -> None:
+    """In place: write what `snap` returns for each weight to its `out`; see `pull_all`."""
+    for out, weight, own in zip(outs, weights, _row_slices(weights), strict=True):
+        out.view(weight.shape).copy_(snap(weight, codebook[own], boundaries[own]))
+
+
+def sums_all(
+    values: Sequence[Tensor], weights: Sequence[Tensor], boundaries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `cluster_sums` does for each weight, (R, K) for all; see `measure_all`."""
+    each = zip(values, weights, _row_slices(weights), strict=True)
+    found = [cluster_sums(v.view(w.shape), w, boundaries[own]) for v, w, own in each]
+    return torch.cat([counts for counts, _ in found]), torch.cat([sums for _, sums in found])
+
+
 def std(weight: Tensor) -> Tensor:
     """Return the standard deviation of all weights together, in one pass without a copy.
 

@@ -22,7 +22,8 @@
 #define BLOCK 1024 /* weights at a time: their temporaries stay in L1 */
 #define TREE 16    /* most values that are found by comparisons alone */
 #define MOST_CELLS (1 << 20)
-#define PAIRED 8192 /* least weights in a row for sums by pairs of indices, 1,024 of them */
+#define CROWDED ((int32_t)-2147483647 - 1) /* the sign bit of a cell with several boundaries */
+#define GROUPED 8192 /* least weights in a row for sums by tuples of indices, 512 of them */
 
 enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
 enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
@@ -63,58 +64,49 @@ typedef struct {
     double sum, count;
 } Pair;
 
-/* Sums and counts by the indices of two neighbouring weights: 4 lanes. */
+/* Sums and counts by the indices of a few neighbouring weights: 2 lanes.
+ *
+ * Of four weights on up to 4 values, a sum for each; its number has their indices' low bits below
+ * their high bits. Of two weights on up to 16 values, two sums and the count.
+ */
 typedef struct {
-    double sums[4][256][2];
-    uint32_t counts[4][256];
-    uint32_t single; /* whether the last weight had no neighbour: counted as one of index 0 */
-} Pairs;
+    double sums[2][256][4];
+    uint32_t counts[2][256]; /* of fours */
+    uint32_t filled;         /* weights that the last tuple lacked: counted as ones of index 0 */
+} Tuples;
 
 /* Where one row's sums by cluster are formed. */
 typedef struct {
     Pair *single; /* (k, lanes) */
     int lanes;
-    Pairs *pairs; /* used instead where it is not NULL */
+    Tuples *tuples; /* used instead where it is not NULL */
 } Sums;
+
+/* A cell of an even grid: which numbers the weights in it may be nearest to. */
+typedef struct {
+    float bound, lower, upper; /* the first boundary in or above it, and its neighbours */
+    int32_t below;             /* boundaries in lower cells; and whether it is CROWDED */
+} Cell;
 
 /* How one row's representatives are found. */
 typedef struct {
     int64_t k;
     const float *codebook;
     float *boundaries; /* with an infinity after the last */
-    int32_t *below;    /* boundaries in lower cells than each; used where `cells` > 0 */
-    int cells, most;   /* of the even grid; boundaries in its fullest cell */
+    Cell *grid;        /* used where `cells` > 0 */
+    int cells;
+    int levels;  /* of the tree; 0 for more values than TREE */
     float low, per_unit;
-    float tree[40]; /* see locate_tree */
+    float tree[40]; /* see `plant` */
 } Search;
 
-static inline float from_half(uint16_t half) {
-    uint32_t bits = (uint32_t)(half & 0x7fff) << 13, scale = 0x77800000u; /* 2^112 */
-    float value, factor;
-    memcpy(&value, &bits, 4);
-    memcpy(&factor, &scale, 4);
-    value *= factor; /* exact for subnormal numbers too */
-    memcpy(&bits, &value, 4);
-    if (value >= 65536.0f) bits |= 0x7f800000u; /* infinity and NaN */
-    bits |= (uint32_t)(half & 0x8000) << 16;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+#include "_halves.h"
 
-static inline uint16_t to_half(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t sign = bits >> 16 & 0x8000;
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
-    if (bits >= 0x47800000u) return (uint16_t)(sign | 0x7c00); /* from 65,536 on */
-    if (bits < 0x38800000u) { /* subnormal: the addition rounds at the right bit */
-        float small = fabsf(value) + 0.5f;
-        memcpy(&bits, &small, 4);
-        return (uint16_t)(sign | (bits - 0x3f000000u));
-    }
-    return (uint16_t)(sign | ((bits - 0x38000000u + 0xfff + (bits >> 13 & 1)) >> 13));
-}
+#ifdef __GNUC__
+#define AVX2 __attribute__((target("avx2,f16c")))
+#else
+#define AVX2
+#endif
 
 #define NAME(x) x##_portable
 #define TARGET
@@ -126,12 +118,14 @@ static inline uint16_t to_half(float value) {
 
 #if HAS_AVX2
 #define NAME(x) x##_avx2
+#define TARGET AVX2
 #ifdef __GNUC__
-#define TARGET __attribute__((target("avx2,f16c")))
+#define INLINE AVX2 static inline __attribute__((always_inline))
 #else
-#define TARGET
+#define INLINE static __forceinline
 #endif
 #define SIMD 1
+#include "_simd.h"
 #include "_passes.h"
 #endif
 
@@ -179,42 +173,47 @@ static int lanes_for(const Job *job) {
 }
 
 static void clear(Sums *sums, int64_t k) {
-    if (sums->pairs) memset(sums->pairs, 0, sizeof(Pairs));
+    if (sums->tuples) memset(sums->tuples, 0, sizeof(Tuples));
     else memset(sums->single, 0, sums->lanes * k * sizeof(Pair));
 }
 
-static void write_sums(const Sums *sums, int64_t k, double *counts, double *totals) {
-    for (int64_t j = 0; j < k; j++) {
-        Pair all = {0, 0};
-        if (sums->pairs) {
-            for (int l = 0; l < 4; l++)
-                for (int other = 0; other < 16; other++) {
-                    int low = (int)j | other << 4, high = other | (int)j << 4;
-                    all.sum += sums->pairs->sums[l][low][0] + sums->pairs->sums[l][high][1];
-                    all.count += (double)sums->pairs->counts[l][low];
-                    all.count += (double)sums->pairs->counts[l][high];
-                }
-            if (j == 0) all.count -= sums->pairs->single;
-        } else {
-            for (int l = 0; l < sums->lanes; l++) {
-                all.sum += sums->single[j * sums->lanes + l].sum;
-                all.count += sums->single[j * sums->lanes + l].count;
+static void write_tuples(const Tuples *tuples, int64_t k, double *counts, double *totals) {
+    double all[TREE][2] = {{0}};
+    for (int l = 0; l < 2; l++)
+        for (int key = 0; key < 256; key++)
+            for (int i = 0; i < (k <= 4 ? 4 : 2); i++) {
+                int j = k <= 4 ? (key >> i & 1) | (key >> (3 + i) & 2) : key >> 4 * i & 15;
+                all[j][0] += tuples->sums[l][key][i];
+                all[j][1] += k <= 4 ? tuples->counts[l][key] : tuples->sums[l][key][2];
             }
+    all[0][1] -= tuples->filled;
+    for (int64_t j = 0; j < k; j++) {
+        totals[j] = all[j][0];
+        counts[j] = all[j][1];
+    }
+}
+
+static void write_sums(const Sums *sums, int64_t k, double *counts, double *totals) {
+    if (sums->tuples) {
+        write_tuples(sums->tuples, k, counts, totals);
+        return;
+    }
+    for (int64_t j = 0; j < k; j++) {
+        totals[j] = counts[j] = 0;
+        for (int l = 0; l < sums->lanes; l++) {
+            totals[j] += sums->single[j * sums->lanes + l].sum;
+            counts[j] += sums->single[j * sums->lanes + l].count;
         }
-        totals[j] = all.sum;
-        counts[j] = all.count;
     }
 }
 
 static void run_part(int operation, const Job *job, int64_t part, Search *s, Sums sums,
-                     Pairs *pairs) {
+                     Tuples *tuples) {
     int64_t rows = (job->groups + job->parts - 1) / job->parts, columns = job->members;
     int64_t row = part * rows, from = 0;
     sums.lanes = lanes_for(job);
-    sums.pairs = operation == MEASURE && job->power == 2 && job->k <= TREE
-                         && job->members >= PAIRED
-                     ? pairs
-                     : NULL;
+    int plain = operation == MEASURE ? job->power == 2 : operation == SUMS && job->power == 1;
+    sums.tuples = plain && job->k <= TREE && job->members >= GROUPED ? tuples : NULL;
     if (job->groups == 1) {
         columns = ((job->members + job->parts - 1) / job->parts + BLOCK - 1) / BLOCK * BLOCK;
         from = part * columns;
@@ -273,10 +272,10 @@ static Job job_of(const Call *call, int64_t i) {
 static int run_parts(int operation, const Call *call, int64_t first, int64_t last) {
     Search s = {.k = call->k};
     Sums sums = {.single = malloc(8 * call->k * sizeof(Pair))};
-    Pairs pairs;
+    Tuples tuples;
     s.boundaries = malloc(call->k * sizeof(float));
-    s.below = malloc(most_cells(call->k) * sizeof(int32_t));
-    int ok = s.boundaries && s.below && sums.single;
+    s.grid = malloc(most_cells(call->k) * sizeof(Cell));
+    int ok = s.boundaries && s.grid && sums.single;
     int64_t low = 0, high = call->count; /* the weight that has part `first`: the last to begin */
     while (high - low > 1) {
         int64_t middle = low + (high - low) / 2;
@@ -286,10 +285,10 @@ static int run_parts(int operation, const Call *call, int64_t first, int64_t las
     for (int64_t i = low; ok && i < call->count && first < last; i++) {
         Job job = job_of(call, i);
         for (; first < last && first < call->entries[i].before + job.parts; first++)
-            run_part(operation, &job, first - call->entries[i].before, &s, sums, &pairs);
+            run_part(operation, &job, first - call->entries[i].before, &s, sums, &tuples);
     }
     free(s.boundaries);
-    free(s.below);
+    free(s.grid);
     free(sums.single);
     return ok;
 }

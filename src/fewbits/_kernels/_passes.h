@@ -55,95 +55,6 @@ TARGET static void NAME(store)(void *data, int type, int64_t at, int n, const fl
 
 /* ---- the search ------------------------------------------------------------------------- */
 
-#if SIMD
-/* Up to 16 values: a tree of 15 boundaries held in registers, four comparisons a weight.
- *
- * `at` counts down from 0: after each level it is minus the number of the node. A permutation
- * reads its low three bits, so the tables are stored backwards modulo 8.
- */
-typedef struct {
-    __m256 root, low, high, third, fourth, lower, upper;
-} NAME(Tree);
-
-TARGET static inline NAME(Tree) NAME(tree_of)(const Search *s) {
-    NAME(Tree) t = {_mm256_set1_ps(s->tree[0]),      _mm256_set1_ps(s->tree[1]),
-                    _mm256_set1_ps(s->tree[2]),      _mm256_loadu_ps(s->tree + 8),
-                    _mm256_loadu_ps(s->tree + 16),   _mm256_loadu_ps(s->tree + 24),
-                    _mm256_loadu_ps(s->tree + 32)};
-    return t;
-}
-
-/* Return the representatives of eight weights; `*minus` is set to minus their indices. */
-TARGET static inline __m256 NAME(descend)(const NAME(Tree) *t, __m256 x, __m256i *minus) {
-    __m256 half = _mm256_cmp_ps(x, t->root, _CMP_GT_OQ);
-    __m256 other = _mm256_cmp_ps(x, _mm256_blendv_ps(t->low, t->high, half), _CMP_GT_OQ);
-    __m256i at = _mm256_castps_si256(half);
-    at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(other));
-    __m256 more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t->third, at), _CMP_GT_OQ);
-    at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(more));
-    more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t->fourth, at), _CMP_GT_OQ);
-    at = _mm256_add_epi32(_mm256_add_epi32(at, at), _mm256_castps_si256(more));
-    *minus = at;
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t->lower, at),
-                            _mm256_permutevar8x32_ps(t->upper, at), half);
-}
-
-TARGET static int NAME(locate_tree)(const Search *s, const float *w, int n, uint16_t *index,
-                                    float *near) {
-    const NAME(Tree) tree = NAME(tree_of)(s);
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256i at;
-        _mm256_storeu_ps(near + i, NAME(descend)(&tree, _mm256_loadu_ps(w + i), &at));
-        if (index) {
-            at = _mm256_sub_epi32(_mm256_setzero_si256(), at);
-            _mm_storeu_si128((__m128i *)(index + i),
-                             _mm_packus_epi32(_mm256_castsi256_si128(at),
-                                              _mm256_extracti128_si256(at, 1)));
-        }
-    }
-    return i;
-}
-
-/* The sums of nearest-2 for long rows of up to 16 values, two weights at a time.
- *
- * The indices of two neighbours make a number below 256. The pair of their distances is added to
- * that number's pair of sums, so that one addition in memory serves two weights.
- */
-TARGET static int NAME(measure_pairs)(const Search *s, const float *w, int n, Pairs *pairs,
-                                      double total[8]) {
-    const NAME(Tree) tree = NAME(tree_of)(s);
-    __m256d first = _mm256_loadu_pd(total), second = _mm256_loadu_pd(total + 4);
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256 x = _mm256_loadu_ps(w + i);
-        __m256i at;
-        x = _mm256_sub_ps(x, NAME(descend)(&tree, x, &at));
-        at = _mm256_sub_epi32(_mm256_setzero_si256(), at);
-        at = _mm256_and_si256(_mm256_or_si256(at, _mm256_srli_epi64(at, 28)),
-                              _mm256_set1_epi64x(255));
-        uint64_t both[4];
-        _mm256_storeu_si256((__m256i *)both, at);
-        __m256d a = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
-        __m256d b = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-        first = _mm256_add_pd(first, _mm256_mul_pd(a, a));
-        second = _mm256_add_pd(second, _mm256_mul_pd(b, b));
-        double *to = pairs->sums[0][both[0]];
-        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_castpd256_pd128(a)));
-        to = pairs->sums[1][both[1]];
-        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_extractf128_pd(a, 1)));
-        to = pairs->sums[2][both[2]];
-        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_castpd256_pd128(b)));
-        to = pairs->sums[3][both[3]];
-        _mm_storeu_pd(to, _mm_add_pd(_mm_loadu_pd(to), _mm256_extractf128_pd(b, 1)));
-        for (int l = 0; l < 4; l++) pairs->counts[l][both[l]]++;
-    }
-    _mm256_storeu_pd(total, first);
-    _mm256_storeu_pd(total + 4, second);
-    return i;
-}
-#endif
-
 /* The cell of each number on the search's even grid; a monotone function, NaN included. */
 TARGET static void NAME(cells)(const Search *s, const float *w, int n, int32_t *cell) {
     float low = s->low, per_unit = s->per_unit, top = (float)(s->cells - 2);
@@ -155,36 +66,6 @@ TARGET static void NAME(cells)(const Search *s, const float *w, int n, int32_t *
     }
 }
 
-#if SIMD
-/* As below by the grid, eight weights at a time: what is looked up is gathered. */
-TARGET static int NAME(locate_grid)(const Search *s, const float *w, int n, uint16_t *index,
-                                    float *near) {
-    const __m256 low = _mm256_set1_ps(s->low), per_unit = _mm256_set1_ps(s->per_unit);
-    const __m256 top = _mm256_set1_ps((float)(s->cells - 2)), under = _mm256_set1_ps(-1.0f);
-    const __m256 one = _mm256_set1_ps(1.0f);
-    const int most = s->most;
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256 x = _mm256_loadu_ps(w + i);
-        __m256 at = _mm256_mul_ps(_mm256_sub_ps(x, low), per_unit);
-        at = _mm256_max_ps(_mm256_min_ps(at, top), under); /* NaN becomes `top` */
-        __m256i below = _mm256_i32gather_epi32(s->below, /* of the cell */
-                                               _mm256_cvttps_epi32(_mm256_add_ps(at, one)), 4);
-        for (int c = 0; c < most; c++) {
-            __m256 bound = _mm256_i32gather_ps(s->boundaries, below, 4);
-            __m256 more = _mm256_cmp_ps(x, bound, _CMP_GT_OQ);
-            below = _mm256_sub_epi32(below, _mm256_castps_si256(more));
-        }
-        _mm256_storeu_ps(near + i, _mm256_i32gather_ps(s->codebook, below, 4));
-        if (index)
-            _mm_storeu_si128((__m128i *)(index + i),
-                             _mm_packus_epi32(_mm256_castsi256_si128(below),
-                                              _mm256_extracti128_si256(below, 1)));
-    }
-    return i;
-}
-#endif
-
 /* Count the boundaries below each of `n` <= BLOCK weights, and look up their representative.
  * `index` is wanted or NULL. */
 TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t *index,
@@ -192,8 +73,7 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
     int start = 0;
     uint16_t own[BLOCK];
 #if SIMD
-    if (s->k <= TREE) start = NAME(locate_tree)(s, w, n, index, near);
-    else if (s->cells) start = NAME(locate_grid)(s, w, n, index, near);
+    start = locate_fast(s, w, n, index, near);
 #endif
     if (start == n) return;
     if (!index) index = own;
@@ -207,13 +87,13 @@ TARGET static void NAME(locate)(const Search *s, const float *w, int n, uint16_t
         int32_t cell[BLOCK];
         NAME(cells)(s, w + start, n - start, cell);
         /* Held apart from `s`, which the stores below might change for all a compiler knows. */
-        const int32_t *restrict table = s->below;
+        const Cell *restrict grid = s->grid;
         const float *restrict bounds = s->boundaries;
-        const int most = s->most;
         for (int i = start; i < n; i++) {
-            int32_t below = table[cell[i - start]];
-            below += w[i] > bounds[below];
-            for (int c = 1; c < most; c++) below += w[i] > bounds[below];
+            const Cell *own = grid + cell[i - start];
+            int32_t below = (own->below & ~CROWDED) + (w[i] > own->bound);
+            if (own->below & CROWDED)
+                while (w[i] > bounds[below]) below++;
             index[i] = (uint16_t)below;
         }
     } else {
@@ -298,17 +178,21 @@ TARGET static void NAME(distances)(const float *w, float *near, int n, int power
     }
 }
 
-/* The rest of `measure_pairs`, or all of it: the same sums by way of `index` and `near`. */
-TARGET static void NAME(add_pairs)(const float *near, const uint16_t *index, int n,
-                                   Pairs *pairs) {
-    for (int i = 0; i < n; i += 2) {
-        int lane = i / 2 % 4, last = i + 1 == n;
-        int both = index[i] | (last ? 0 : index[i + 1] << 4);
-        double *to = pairs->sums[lane][both];
-        to[0] += (double)near[i];
-        to[1] += last ? 0.0 : (double)near[i + 1];
-        pairs->counts[lane][both]++;
-        pairs->single += last;
+/* Add numbers to the sums by tuples of neighbours' indices: fours of up to 4 values, pairs of up to
+ * 16. A last tuple is filled up with zeros of index 0. */
+TARGET static void NAME(add_tuples)(const float *values, const uint16_t *index, int n, int size,
+                                    Tuples *to) {
+    for (int i = 0; i < n; i += size) {
+        int lane = i / size % 2, key = 0, here = n - i < size ? n - i : size;
+        for (int l = 0; l < here; l++) {
+            if (size == 2) key |= index[i + l] << 4 * l;
+            else key |= (index[i + l] & 1) << l | (index[i + l] >> 1) << (4 + l);
+        }
+        double *sums = to->sums[lane][key];
+        for (int l = 0; l < here; l++) sums[l] += (double)values[i + l];
+        if (size == 2) sums[2] += 1;
+        else to->counts[lane][key]++;
+        to->filled += size - here;
     }
 }
 
@@ -347,49 +231,59 @@ TARGET static void NAME(assign)(const uint16_t *index, int n, int64_t at, const 
         for (int i = 0; i < n; i++) ((int32_t *)job->out)[at + i] = index[i];
 }
 
+/* Do with the whole eights of a block what there are fast passes for; return how many weights. */
+TARGET static int NAME(eights)(int operation, const Job *job, const Search *s, const float *w, int n,
+                               float *out, Sums *sums, double total[8]) {
+#if SIMD
+    if (operation == PULL && job->power == 2)
+        return pull_fast(s, w, n, (float)job->amount, out);
+    if (operation == MEASURE && job->power == 2) return sum_fast(s, w, NULL, n, sums, total);
+    if (operation == SUMS && job->power == 1) return sum_fast(s, w, out, n, sums, total);
+#endif
+    (void)operation, (void)job, (void)s, (void)w, (void)n, (void)out, (void)sums, (void)total;
+    return 0;
+}
+
+/* Do the same, or anything else, with `n` <= BLOCK weights from `at` on. */
+TARGET static void NAME(rest)(int operation, const Job *job, const Search *s, const float *w, int n,
+                              float *out, int64_t at, Sums *sums, double total[8]) {
+    float own[BLOCK], moved[BLOCK], *near = operation == SNAP ? out : own;
+    uint16_t index[BLOCK];
+    NAME(locate)(s, w, n, operation == PULL || operation == SNAP ? NULL : index, near);
+    switch (operation) {
+    case SNAP: break;
+    case PULL: NAME(pull)(w, near, n, job->power, (float)job->amount, out); break;
+    case ASSIGN: NAME(assign)(index, n, at, job); break;
+    case MOVE:
+        NAME(move)(w, near, n, job->power, (float)job->amount, moved);
+        NAME(store)(job->out, job->out_type, at, n, moved);
+        for (int i = 0; i < n; i++) moved[i] -= near[i];
+        NAME(scatter)(moved, index, n, 0, sums->lanes, sums->single);
+        break;
+    default:
+        if (operation == MEASURE) NAME(distances)(w, out = near, n, job->power, total);
+        if (sums->tuples) NAME(add_tuples)(out, index, n, s->levels == 2 ? 4 : 2, sums->tuples);
+        else NAME(scatter)(out, index, n, job->power == 2 && operation == SUMS, sums->lanes,
+                           sums->single);
+    }
+}
+
 /* Run one operation over the weights `at` … `end` of one row, into `sums`. */
 TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int64_t at,
                              int64_t end, Sums *sums, double total[8]) {
-    float weights[BLOCK], others[BLOCK], near[BLOCK];
-    uint16_t index[BLOCK];
-    int indexed = operation != PULL && operation != SNAP;
+    float weights[BLOCK], others[BLOCK];
+    int read = operation == SUMS || operation == PULL;
+    int written = operation == SNAP || operation == PULL;
     for (int n; at < end; at += n) {
         n = end - at < BLOCK ? (int)(end - at) : BLOCK;
         const float *w = NAME(load)(job->weight, job->type, at, n, weights);
-        int done = 0;
-#if SIMD
-        if (sums->pairs) done = NAME(measure_pairs)(s, w, n, sums->pairs, total);
-        w += done;
-#endif
-        NAME(locate)(s, w, n - done, indexed ? index : NULL, near);
-        switch (operation) {
-        case MEASURE:
-            NAME(distances)(w, near, n - done, job->power, total);
-            if (sums->pairs) NAME(add_pairs)(near, index, n - done, sums->pairs);
-            else NAME(scatter)(near, index, n, 0, sums->lanes, sums->single);
-            break;
-        case SUMS:
-            NAME(scatter)(NAME(load)(job->out, job->out_type, at, n, others), index, n,
-                          job->power == 2, sums->lanes, sums->single);
-            break;
-        case PULL:
-            if (job->out_type == FLOAT32) {
-                NAME(pull)(w, near, n, job->power, (float)job->amount, (float *)job->out + at);
-            } else {
-                NAME(load)(job->out, job->out_type, at, n, others);
-                NAME(pull)(w, near, n, job->power, (float)job->amount, others);
-                NAME(store)(job->out, job->out_type, at, n, others);
-            }
-            break;
-        case MOVE:
-            NAME(move)(w, near, n, job->power, (float)job->amount, others);
-            NAME(store)(job->out, job->out_type, at, n, others);
-            for (int i = 0; i < n; i++) others[i] -= near[i];
-            NAME(scatter)(others, index, n, 0, sums->lanes, sums->single);
-            break;
-        case SNAP: NAME(store)(job->out, job->out_type, at, n, near); break;
-        default: NAME(assign)(index, n, at, job);
-        }
+        float *out = others; /* or in place */
+        if ((read || written) && job->out_type == FLOAT32) out = (float *)job->out + at;
+        else if (read) NAME(load)(job->out, job->out_type, at, n, others);
+        int done = NAME(eights)(operation, job, s, w, n, out, sums, total);
+        if (done < n)
+            NAME(rest)(operation, job, s, w + done, n - done, out + done, at + done, sums, total);
+        if (written && out == others) NAME(store)(job->out, job->out_type, at, n, others);
     }
 }
 

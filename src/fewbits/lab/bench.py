@@ -82,17 +82,19 @@ def in_turn(one: Callable[[], object], other: Callable[[], object], pairs: int) 
     }
 
 
-def _task(model: str, batch: int) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
+def _task(model: str, batch: int, width: float) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
     """Return what builds the network, always the same, with random 32 x 32 images and labels."""
 
     def fresh() -> nn.Module:
         torch.manual_seed(0)
-        return build(model, classes=10, shape=(3, 32, 32))
+        return build(model, classes=10, shape=(3, 32, 32), width=width)
 
     return fresh, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
 
-def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]:
+def steps(
+    model: str, batch: int, sizes: Iterable[int], pairs: int, width: float = 1.0
+) -> list[Row]:
     """Measure training steps with clustering over plain ones, on random 32 x 32 images.
 
     Args:
@@ -100,12 +102,17 @@ def steps(model: str, batch: int, sizes: Iterable[int], pairs: int) -> list[Row]
         batch: images in a step.
         sizes: the numbers of values K.
         pairs: how many pairs of steps; at least 2.
+        width: multiplies the channel counts.
 
     Returns:
         a row for each variant and K: what, k, ratio, low, high, seconds.
     """
-    fresh, images, labels = _task(model, batch)
-    return _variants(fresh, images, labels, sizes, pairs, f"{model}, batch {batch}")
+    fresh, images, labels = _task(model, batch, width)
+    return _variants(fresh, images, labels, sizes, pairs, _about(model, batch, width))
+
+
+def _about(model: str, batch: int, width: float) -> str:
+    return f"{model}{'' if width == 1 else f' at width {width:g}'}, batch {batch}"
 
 
 def many_layers(batch: int, sizes: Iterable[int], pairs: int) -> list[Row]:
@@ -151,7 +158,14 @@ def _variants(
     return rows
 
 
-def peers(model: str, batch: int, k: int, pairs: int, names: Iterable[str] = PEERS) -> list[Row]:
+def peers(
+    model: str,
+    batch: int,
+    k: int,
+    pairs: int,
+    width: float = 1.0,
+    names: Iterable[str] = PEERS,
+) -> list[Row]:
     """Measure training steps with the methods of others, and with ours, over plain ones.
 
     Args:
@@ -159,19 +173,20 @@ def peers(model: str, batch: int, k: int, pairs: int, names: Iterable[str] = PEE
         batch: images in a step.
         k: number of values, a power of two.
         pairs: how many pairs of steps; at least 2.
+        width: multiplies the channel counts.
         names: of peers, from `PEERS`; one whose package is not installed has a row that says so.
 
     Returns:
         a row for each: what, k, ratio, low, high, seconds, first (seconds of the first step).
     """
-    fresh, images, labels = _task(model, batch)
+    fresh, images, labels = _task(model, batch, width)
     plain = Stepper(fresh(), None)
     rows = []
     for name in ("penalty", *names):
         network = fresh()
         plan = make_plan(network, k=k)
         where = f" ({PEERS[name]})" if name in PEERS else ""
-        about: Row = {"what": f"{name}{where}, {model}, batch {batch}", "k": k}
+        about: Row = {"what": f"{name}{where}, {_about(model, batch, width)}", "k": k}
         try:
             METHODS[name].check(plan)
             attach = METHODS[name].attach
