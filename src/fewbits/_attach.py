@@ -210,15 +210,9 @@ class Attached:
         """In place: measure anew, for weights that were written through `.data`."""
         self._std = None
 
-    def update_cost(self, cost: Tensor, variance: Tensor) -> None:
-        """In place: assign at a price from now on.
-
-        Args:
-            cost: (G, K), in `variance`.
-            variance: 0-d, in squared units of the weights.
-        """
-        dtype = compute_dtype(self.weight)
-        self.switch.cost = (cost.double() * variance.to(cost.device)).to(dtype)
+    def update_cost(self, cost: Tensor) -> None:
+        """In place: assign at a price from now on: (G, K), in squared units of the weights."""
+        self.switch.cost = cost.to(compute_dtype(self.weight))
 
     def boundaries(self) -> Tensor:
         """Return where assignment changes, (G, K - 1) ascending."""

@@ -117,6 +117,12 @@ class Clustering:
             layer = Attached(self.model, planned, codebook, self.regularizer, strength, switch)
             switch.active = snapped_forward and layer.start == 0
             self._layers.append(layer)
+        # Kept as it is now: a layer that lost all but one value may grow without bounds, and must
+        # not raise the price for the others.
+        self._variance: float = pooled_variance(
+            [layer.weight.numel() for layer in self._layers],
+            [layer.spread() for layer in self._layers],
+        )
         self._update_costs()
         self._watch = Watch(self._layers if isinstance(pull, Penalty) else ())
         self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
@@ -283,6 +289,7 @@ class Clustering:
         return {
             "plan": self.plan.fingerprint(),
             "steps": self.steps,
+            "variance": self._variance,
             "layers": {layer.name: layer.state() for layer in self._layers},
         }
 
@@ -298,7 +305,7 @@ class Clustering:
             PlanError: if the checkpoint is from another plan; nothing is then changed.
         """
         self._check_active("load_state_dict")
-        missing = {"plan", "steps", "layers"} - set(state)
+        missing = {"plan", "steps", "variance", "layers"} - set(state)
         if missing:
             raise PlanError(
                 f"not a state of Clustering: {', '.join(sorted(missing))} missing."
@@ -312,6 +319,7 @@ class Clustering:
                 + " Attach with the plan it was made with."
             )
         self.steps = int(state["steps"])
+        self._variance = float(state["variance"])
         for layer in self._layers:
             layer.load_state(state["layers"][layer.name])
             layer.switch.active = self.snapped_forward and self.steps >= layer.start
@@ -325,13 +333,10 @@ class Clustering:
     @torch.no_grad()
     def _update_costs(self) -> None:
         """In place: make layers assign as the regularizer does, from now on."""
-        costs = [self.regularizer.cost(layer.usage) for layer in self._layers]
-        if any(cost is not None for cost in costs):
-            sizes = [layer.weight.numel() for layer in self._layers]
-            variance = pooled_variance(sizes, [layer.spread() for layer in self._layers])
-            for layer, cost in zip(self._layers, costs, strict=True):
-                if cost is not None:
-                    layer.update_cost(cost, variance)
+        for layer in self._layers:
+            cost = self.regularizer.cost(layer.usage)
+            if cost is not None:
+                layer.update_cost(cost * self._variance)
 
     def _link(self) -> None:
         """In place: have small layers that read as snapped weights snapped together."""

@@ -75,7 +75,7 @@ def refuse_bad(name: str, bad: int, size: int, when: str = "") -> None:
         )
 
 
-def pooled_variance(sizes: Sequence[int], stds: Sequence[Tensor]) -> Tensor:
+def pooled_variance(sizes: Sequence[int], stds: Sequence[Tensor]) -> float:
     """Return the mean squared deviation of all weights from the mean of their own layer.
 
     Args:
@@ -83,13 +83,10 @@ def pooled_variance(sizes: Sequence[int], stds: Sequence[Tensor]) -> Tensor:
         stds: the standard deviation of each, 0-d.
 
     Returns:
-        0-d float64, on the device of the first; 0 without weights.
+        In squared units of the weights; 0 without any.
     """
-    device = stds[0].device if stds else None
-    squares = [
-        size * std.double().square().to(device) for size, std in zip(sizes, stds, strict=True)
-    ]
-    return torch.stack(squares).sum() / max(sum(sizes), 1) if squares else torch.zeros(())
+    total = sum(size * float(std) ** 2 for size, std in zip(sizes, stds, strict=True))
+    return total / max(sum(sizes), 1)
 
 
 def std_of(weight: Tensor) -> Tensor:

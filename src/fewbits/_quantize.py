@@ -90,7 +90,7 @@ def mean_variance(weights: Iterable[Tensor]) -> float:
     for weight in weights:
         sizes.append(weight.numel())
         stds.append(std_of(weight))
-    return float(pooled_variance(sizes, stds))
+    return pooled_variance(sizes, stds)
 
 
 def quantized_values(
