@@ -144,7 +144,9 @@ def test_a_checkpoint_from_another_plan_is_refused_and_nothing_is_changed(settin
 
 
 def test_what_is_no_state_of_ours_is_refused():
-    with pytest.raises(fewbits.PlanError, match=r"not a state of Clustering: layers, plan, variance missing"):
+    with pytest.raises(
+        fewbits.PlanError, match=r"not a state of Clustering: layers, plan, variance missing"
+    ):
         Run().clustering.load_state_dict({"steps": 3})
 
 
