@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/figures.py
 
-`accuracy.svg` is drawn from docs/results/vgg16-short/results.json. `gathering.svg`, which moves, and
-`gathering-stages.svg` are drawn from a training that this program does: the README's network on
+`accuracy.svg` is drawn from docs/results/vgg16-short/results.json. `gathering.svg`, which moves,
+and `gathering-stages.svg` are drawn from a training that this program does: the README's network on
 handwritten digits, seed 0, with the penalty at two bits; a few seconds.
 """
 
