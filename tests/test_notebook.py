@@ -59,7 +59,7 @@ def test_the_quickstart_runs_in_jupyter():
 
 def curves(html):
     """Name to (x, y) of the points that hovering tells, by chart."""
-    found = re.findall(r"<title>([^<]+) at ([^:<]+): ([^<]+)</title>", html)
+    found = re.findall(r"<span>([^<]+) at ([^:<]+): ([^<]+)</span>", html)
     names = dict.fromkeys(name for name, _, _ in found)
     return {name: [(float(x), float(y)) for n, x, y in found if n == name] for name in names}
 

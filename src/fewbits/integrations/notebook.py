@@ -20,6 +20,13 @@ _STYLE = """<style>
 .fewbits-live .grid { opacity: 0.2; }
 .fewbits-live .thin { stroke: #3b82c4; stroke-width: 2.5; }
 .fewbits-live .dot { fill: #3b82c4; stroke: none; }
+.fewbits-live .plot { position: relative; }
+.fewbits-live input { position: absolute; left: var(--x); top: var(--y); width: 1rem; height: 1rem;
+  margin: 0; translate: -50% -50%; appearance: none; border-radius: 50%; }
+.fewbits-live span { position: absolute; z-index: 1; left: var(--x); top: var(--y); opacity: 0;
+  width: max-content; padding: 0 0.3rem; pointer-events: none; transform: translate(-50%, -150%);
+  background: Canvas; color: CanvasText; border: 1px solid; }
+.fewbits-live input:is(:hover, :focus) + span { opacity: 1; }
 </style>"""
 
 
