@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from drops import cell
 from torch import Tensor
 
 import fewbits
 from fewbits.lab import data as lab_data
 from fewbits.lab._floats import shared_folder
 from fewbits.lab.compare import Comparison, environment
-from fewbits.lab.models import build
 from fewbits.lab.progress import Progress
 from fewbits.lab.study import Cell, read_study
 from fewbits.lab.training import reestimated_accuracy
@@ -87,23 +87,22 @@ def coded_weights(model: torch.nn.Module, k: int) -> dict[str, Tensor]:
     return {name: model.get_parameter(name).detach() for name in names}
 
 
-def nncodec_rows(python: str, cells: Iterable[Cell], floats: Path, steps: list[int]) -> list[Row]:
+def nncodec_rows(
+    python: str, work: Comparison, cells: Iterable[Cell], steps: list[int]
+) -> list[Row]:
     """Return one row per float network, step size and kind of quantization."""
     rows = []
-    cells = tuple(cells)
-    config = cells[0].config
-    data = lab_data.load(config.data, image_size=config.image_size)
-    work = Comparison(config, floats, data, torch.device("cpu"), Progress(), shared_folder(floats))
-    for seed in sorted({cell.seed for cell in cells}):
+    k, size_of_batch = work.config.k[0], work.config.batch_size
+    for seed in sorted({one.seed for one in cells}):
         reference = work.float.get(seed, continued=True)
         for dependent in (False, True):
             for qp in steps:
                 model = work.float.fresh(seed)
                 model.load_state_dict(reference["state"])
-                weights = coded_weights(model, cells[0].k)
+                weights = coded_weights(model, k)
                 size, decoded = nncodec(python, weights, qp, dependent)
                 model.load_state_dict(decoded, strict=False)
-                now = reestimated_accuracy(model, work.data, config.batch_size, work.augment)
+                now = reestimated_accuracy(model, work.data, size_of_batch, work.augment)
                 bits = 8 * size / sum(w.numel() for w in weights.values())
                 name = f"nncodec{', dependent quantization' if dependent else ''}, qp {qp}"
                 rows.append((name, bits, reference["accuracy"] - now))
@@ -130,9 +129,7 @@ def table(rows: Iterable[Row]) -> str:
         found.items(), key=lambda item: statistics.mean(b for b, _ in item[1])
     ):
         bits, drops = zip(*pairs, strict=True)
-        spread = f" ± {statistics.stdev(drops):.2f}" if len(drops) > 1 else ""
-        drop = f"{statistics.mean(drops):.2f}{spread}"
-        lines.append(f"| {label} | {statistics.mean(bits):.3f} | {drop} | {len(pairs)} |")
+        lines.append(f"| {label} | {statistics.mean(bits):.3f} | {cell(drops)} | {len(pairs)} |")
     return "\n".join(lines)
 
 
@@ -160,13 +157,14 @@ def main() -> None:
     cells = read_study(given.study).cells
     results = json.loads((given.out / "report" / "results.json").read_text())
     config = cells[0].config
-    shape = lab_data.load(config.data, image_size=config.image_size).shape
-    classes = len(lab_data.load(config.data, image_size=config.image_size).classes)
-    model = build(config.model, classes=classes, shape=shape, width=config.width)
+    data = lab_data.load(config.data, image_size=config.image_size)
+    floats = given.out / "float"
+    work = Comparison(config, floats, data, torch.device("cpu"), Progress(), shared_folder(floats))
+    model = work.float.fresh(cells[0].seed)
     weights = sum(w.numel() for w in coded_weights(model, cells[0].k).values())
     rest = sum(4 * t.numel() for t in model.state_dict().values() if t.is_floating_point())
     rows = our_rows(results, rest - 4 * weights, weights)
-    rows += nncodec_rows(given.nncodec, cells, given.out / "float", given.qp)
+    rows += nncodec_rows(given.nncodec, work, cells, given.qp)
     print(f"{HEAD}\n{machine(given.nncodec)}\n\n{table(rows)}")
 
 

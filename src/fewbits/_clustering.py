@@ -117,16 +117,18 @@ class Clustering:
             layer = Attached(self.model, planned, codebook, self.regularizer, strength, switch)
             switch.active = snapped_forward and layer.start == 0
             self._layers.append(layer)
-        # Kept as it is now: a layer that lost all but one value may grow without bounds, and must
-        # not raise the price for the others.
-        self._variance: float = pooled_variance(
-            [layer.weight.numel() for layer in self._layers],
-            [layer.spread() for layer in self._layers],
-        )
-        self._update_costs()
         self._watch = Watch(self._layers if isinstance(pull, Penalty) else ())
         self._hooks = {layer.name: WeightHook(layer) for layer in self._layers}
         self._stacks = Stacks(self._layers) if stackable(self.regularizer) else None
+        self._variance: float = 0.0  # of no use where assigning has no price
+        if self._stacks is None:
+            # Kept as it is now: a layer that lost all but one value may grow without bounds, and
+            # must not raise the price for the others.
+            self._variance = pooled_variance(
+                [layer.weight.numel() for layer in self._layers],
+                [layer.spread() for layer in self._layers],
+            )
+            self._update_costs()
         self._snapping: list[Together] | None = None
         self._link()
         self._starting: dict[int, list[Attached]] = {}
