@@ -174,8 +174,8 @@ def killed_run(
         folder, code = prepared(str(row.times)), -signal.SIGKILL
         while code and row.times < moments:
             child = going_on(folder)
-            # On average a tenth of the run: about ten kills strike it before it ends.
-            time.sleep(chance.uniform(0, lasts / 5))
+            # On average a quarter of the run: a few kills strike it before it ends.
+            time.sleep(chance.uniform(0, lasts / 2))
             os.kill(child, signal.SIGKILL)
             code = end(child)
             if code not in (0, -signal.SIGKILL):

@@ -177,6 +177,20 @@ def test_an_interrupted_cell_waits_again(tmp_path, cells):
     queue.close()
 
 
+def test_a_cell_waits_again_whose_process_was_killed_while_it_took_it(tmp_path, cells):
+    queue = Queue(tmp_path, "grid")
+    queue.fill(cells.values())
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        queue._study.ask()  # all that such a process leaves: a cell that runs, in nobody's name
+    seen: list[str] = []
+    drain(queue, cells, seen)
+    assert len(seen) == len(cells) - 1
+    assert queue.fill(cells.values()) == 1
+    drain(queue, cells, seen)
+    assert sorted(seen) == sorted(cells)
+    queue.close()
+
+
 def test_cells_of_a_changed_file_that_are_gone_from_it_are_passed_over(tmp_path, cells):
     queue = Queue(tmp_path, "grid")
     queue.fill(cells.values())

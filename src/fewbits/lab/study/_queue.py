@@ -54,9 +54,11 @@ class Queue:
             raise FileError(
                 f"{self._workers}: cannot be written to ({error.strerror}). Choose another --out."
             ) from error
+        # Held while the storage is made, and while a cell is taken: SQLite may hand one to two.
+        self._turn = FileLock(folder / "study.lock")
         self._where = where = url or f"sqlite:///{(folder / 'study.db').resolve()}"
         try:
-            with FileLock(folder / "study.lock"), warnings.catch_warnings():
+            with self._turn, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # heartbeats are marked experimental
                 storage = optuna.storages.RDBStorage(
                     where, heartbeat_interval=HEARTBEAT, grace_period=GRACE
@@ -151,8 +153,13 @@ class Queue:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # marked experimental
             self._stale(self._study)
-        for trial in self._trials(self._states.RUNNING):
-            path = self._workers / f"{trial.user_attrs.get('worker')}.lock"
+        with self._turn:
+            running = self._trials(self._states.RUNNING)
+        for trial in running:
+            if "worker" not in trial.user_attrs:  # killed while it took the cell
+                self._fail(trial.number)
+                continue
+            path = self._workers / f"{trial.user_attrs['worker']}.lock"
             if not path.exists():  # of another machine: the heartbeat decides
                 continue
             try:
@@ -195,6 +202,7 @@ class Queue:
                 # the same.
                 raise self._pruned
             trial.set_user_attr("worker", self.worker)
+            self._turn.release()
             try:
                 accuracy, result = do(cells[key])
             except Exception as error:
@@ -203,14 +211,17 @@ class Queue:
             trial.set_user_attr("result", result)
             return accuracy
 
+        self._turn.acquire()
         try:  # it also gives signs of life meanwhile
             self._study.optimize(objective, n_trials=1, catch=(Exception,))
         except Exception:
             # Another process has ended the cell: it took this one for dead, when a clock was set,
-            # or both got the same. What was trained lies in its folder.
+            # or two machines got the same. What was trained lies in its folder.
             trials = self._study.get_trials(deepcopy=False)
             if not any(t.number in at and t.state.is_finished() for t in trials):
                 raise
+        finally:
+            self._turn.release(force=True)
         return True
 
     def _twin(self, key: str, number: int) -> bool:
