@@ -52,15 +52,16 @@ def study(file: Path, out: Path | None, **options: Any) -> None:
 def _open(folder: Path, file: Path) -> None:
     """Make the folder, or refuse one that holds something else."""
     from ._file import write_atomically
-    from .lab._folder import is_vacant
+    from .lab._folder import held, is_vacant, sweep
 
     kept = folder / "study.toml"
     # In this order: what another process writes first, once it is not vacant, is this file.
     if not is_vacant(folder) and not kept.exists():
         raise FileError(f"{folder}: holds no study (no study.toml). Choose another --out.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, file.read_bytes())
+        with held(folder, wait=True):
+            sweep(folder, f"{kept.name}.*")
+            write_atomically(kept, file.read_bytes())
     except OSError as error:
         raise FileError(
             f"{folder}: cannot be made ({error.strerror}). Choose another --out."
@@ -98,13 +99,16 @@ def _work(what: Any, folder: Path, queue: Any, options: dict[str, Any]) -> None:
 
 def _finish(what: Any, folder: Path, queue: Any, file: Path, options: dict[str, Any]) -> None:
     """Write the report, and print it with what is missing."""
+    from .lab._folder import held, sweep
     from .lab.study import gather_results
     from .report import study_text, write_study
 
     command = f"fewbits study {shlex.quote(str(file))}"
     results = gather_results(what, queue.done(), queue.failed(), command)
     if results["rows"]:
-        write_study(folder / "report", results)
+        with held(folder / "report", wait=True):
+            sweep(folder / "report")
+            write_study(folder / "report", results)
     if options["as_json"]:
         print(json.dumps(results, indent=1))
     elif results["rows"]:

@@ -130,7 +130,16 @@ def test_cells_that_two_processes_enqueued_at_once_are_done_once(tmp_path, cells
     two.fill(cells.values())
     two._trials = nothing
     seen: list[str] = []
-    drain(one, cells, seen)
+
+    def interrupted(cell):
+        drain(two, cells, seen)  # the cell's twin is passed over, since the cell runs
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.do_next(cells, interrupted)
+    assert len(seen) == len(cells) - 1
+    assert two.fill(cells.values()) == 1
+    drain(two, cells, seen)
     assert sorted(seen) == sorted(cells)
     one.close()
     two.close()
@@ -250,12 +259,16 @@ def test_float_networks_are_trained_once_for_all_cells(finished):
     assert len({(r["seed"], r["float_accuracy"]) for r in results["rows"]}) == 2
 
 
-def test_a_finished_study_does_nothing_when_run_again(finished):
+def test_a_finished_study_does_nothing_when_run_again_but_sweep(finished):
     folder, results = finished
+    left = [folder / f"runs/grid/{name}.123-456.tmp" for name in (".study.toml", "report/.gap.svg")]
+    for path in left:  # what a kill leaves half-written
+        path.write_text("half")
     before = {p: p.stat().st_mtime_ns for p in folder.glob("runs/grid/cells/**/*")}
     again = study(folder, "--json")
     assert json.loads(again.stdout)["rows"] == results["rows"]
     assert before == {p: p.stat().st_mtime_ns for p in folder.glob("runs/grid/cells/**/*")}
+    assert not any(path.exists() for path in left)
 
 
 def test_the_report_is_made_of_what_is_done_without_training(finished, tmp_path):

@@ -42,11 +42,14 @@ class Queue:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._pruned = optuna.TrialPruned()
         self._states = optuna.trial.TrialState
+        # Of a cell that needs no other trial; a twin that was passed over is pruned.
+        self._alive = (self._states.COMPLETE, self._states.RUNNING, self._states.WAITING)
         self._broken = optuna.exceptions.StorageInternalError
         self._stale = optuna.storages.fail_stale_trials
         self._workers = folder / "workers"
         self.worker: str = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._lock = FileLock(self._workers / f"{self.worker}.lock")
+        self._unfinished: bool = False
         try:
             self._workers.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -54,7 +57,8 @@ class Queue:
             raise FileError(
                 f"{self._workers}: cannot be written to ({error.strerror}). Choose another --out."
             ) from error
-        # Held while the storage is made, and while a cell is taken: SQLite may hand one to two.
+        # Held while the storage is made, and while cells are enqueued or one is taken: SQLite may
+        # hand one to two.
         self._turn = FileLock(folder / "study.lock")
         self._where = where = url or f"sqlite:///{(folder / 'study.db').resolve()}"
         try:
@@ -94,7 +98,8 @@ class Queue:
     def close(self) -> None:
         """In place: let go of what a living process holds."""
         self._lock.release()
-        (self._workers / f"{self.worker}.lock").unlink(missing_ok=True)
+        if not self._unfinished:  # else who finds the lock free lets the cell wait again
+            (self._workers / f"{self.worker}.lock").unlink(missing_ok=True)
 
     # -- what there is --------------------------------------------------------------------------
 
@@ -111,7 +116,7 @@ class Queue:
 
     def failed(self) -> dict[str, str]:
         """Return why each cell failed, by key, of those that neither wait, run nor are done."""
-        alive = {t.user_attrs["cell"] for t in self._trials() if t.state != self._states.FAIL}
+        alive = {trial.user_attrs["cell"] for trial in self._trials(*self._alive)}
         return {
             t.user_attrs["cell"]: t.user_attrs["error"]
             for t in self._trials(self._states.FAIL)
@@ -136,38 +141,42 @@ class Queue:
         Returns:
             how many wait that did not before.
         """
-        self._release_dead()
-        states: dict[str, set[Any]] = {}
-        for trial in self._trials():
-            kept = trial.state != self._states.FAIL or ("error" in trial.user_attrs and not retry)
-            if kept:
-                states.setdefault(trial.user_attrs["cell"], set()).add(trial.state)
-        missing = [cell for cell in cells if cell.key not in states]
-        for cell in missing:
-            about = {"cell": cell.key, "name": cell.name} | cell.settings()
-            self._study.enqueue_trial({}, user_attrs=about)
+        with self._turn:
+            self._release_dead()
+            there = {trial.user_attrs["cell"] for trial in self._trials(*self._alive)}
+            if not retry:
+                there |= self.failed().keys()
+            missing = [cell for cell in cells if cell.key not in there]
+            for cell in missing:
+                about = {"cell": cell.key, "name": cell.name} | cell.settings()
+                self._study.enqueue_trial({}, user_attrs=about)
         return len(missing)
 
     def _release_dead(self) -> None:
-        """In place: fail the cells of processes that no longer live."""
+        """In place, while it is our turn: fail the cells of processes that no longer live."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # marked experimental
             self._stale(self._study)
-        with self._turn:
-            running = self._trials(self._states.RUNNING)
+        running = self._trials(self._states.RUNNING)
+        dead = [path for path in self._workers.glob("*.lock") if self._is_free(path)]
+        names = {path.stem for path in dead}
         for trial in running:
-            if "worker" not in trial.user_attrs:  # killed while it took the cell
+            # Without a name it was killed while it took the cell. Of one without a file here, on
+            # another machine, the heartbeat decides.
+            if trial.user_attrs.get("worker") in {None, *names}:
                 self._fail(trial.number)
-                continue
-            path = self._workers / f"{trial.user_attrs['worker']}.lock"
-            if not path.exists():  # of another machine: the heartbeat decides
-                continue
-            try:
-                with FileLock(path, timeout=0):
-                    self._fail(trial.number)
-            except Timeout:
-                continue  # it lives
+        for path in dead:
             path.unlink(missing_ok=True)
+
+    def _is_free(self, path: Path) -> bool:
+        """Whether the process whose lock this is has ended."""
+        if path.stem == self.worker:
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return True
+        except Timeout:
+            return False
 
     def _fail(self, number: int) -> None:
         with suppress(ValueError, RuntimeError):  # another process was faster
@@ -212,6 +221,7 @@ class Queue:
             return accuracy
 
         self._turn.acquire()
+        self._unfinished = True
         try:  # it also gives signs of life meanwhile
             self._study.optimize(objective, n_trials=1, catch=(Exception,))
         except Exception:
@@ -222,13 +232,12 @@ class Queue:
                 raise
         finally:
             self._turn.release(force=True)
+        self._unfinished = False
         return True
 
     def _twin(self, key: str, number: int) -> bool:
-        first = (self._states.COMPLETE, self._states.RUNNING, self._states.WAITING)
         return any(
-            t.user_attrs["cell"] == key and t.number < number and t.state in first
-            for t in self._trials()
+            t.user_attrs["cell"] == key and t.number < number for t in self._trials(*self._alive)
         )
 
 
