@@ -200,6 +200,36 @@ def test_a_higher_rate_needs_fewer_bits():
     assert entropies[0] > entropies[1] > entropies[2], entropies
 
 
+def test_the_price_of_a_value_is_bounded_and_fades_in_a_layer_that_empties():
+    def bits(*usage: float) -> list[float]:
+        cost = RateAware(1.0).cost(torch.tensor([usage]))
+        assert cost is not None
+        return cost[0].tolist()
+
+    assert bits(0.5, 0.25, 0.125, 0.125) == [1, 2, 3, 3]
+    assert bits(0.5, 0.5, 0, 0) == [1, 1, 4, 4]
+    assert bits(0.995, 0.005) == pytest.approx([0.5 * -math.log2(0.995), 0.5 * 3], rel=1e-4)
+    assert bits(0, 1, 0) == bits(1) * 3 == [0, 0, 0]
+
+
+def test_no_price_empties_a_layer_of_small_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    nn.init.normal_(parameter(model, "0.weight"))
+    nn.init.normal_(parameter(model, "1.weight"), std=0.5)
+    clustering = fewbits.Clustering(model, k=16, regularizer=RateAware(0.4))
+    optimizer = torch.optim.SGD(clustering.param_groups(lr=0.1))
+    for _ in range(150):
+        clustering.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clustering.step()
+    clustering.harden()
+    small = parameter(model, "1.weight")
+    most = small.unique(return_counts=True)[1].max()
+    assert 0.9 < int(most) / small.numel() < 0.99
+
+
 def test_a_pinned_zero_stays_zero_and_becomes_sparsity():
     model = nn.Linear(32, 32)
     teacher = copy.deepcopy(model).requires_grad_(False)

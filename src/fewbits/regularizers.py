@@ -253,6 +253,11 @@ class Periodic(Regularizer):
         return mean + step * position
 
 
+# No layer may end on one value, which would cut the network. So a share counts as 1/(4K) at least,
+# and the price fades where less than a hundredth of the weights is away from the most used value.
+_RAREST, _EMPTYING = 0.25, 0.01
+
+
 @dataclass(frozen=True)
 class RateAware(Regularizer):
     """Nearest-2 with assignment that also counts the bits of the entropy-coded index: eq. 6.
@@ -284,9 +289,16 @@ class RateAware(Regularizer):
         return (weight - nearest).square()
 
     def cost(self, usage: Tensor) -> Tensor | None:
-        """Return rate x bits of each representative's index, bits = -log2(usage)."""
-        # A floor on usage: a representative that lost all its weights keeps a finite price.
-        return -self.rate * usage.clamp(min=1e-6).log2() if self.rate else None
+        """Return rate x bits of each representative's index, bits = -log2(usage).
+
+        Nothing costs more than log2 K + 2 bits, and where nearly all weights of a codebook share
+        one representative the price falls to 0: docs/method.md, eq. 6.
+        """
+        if not self.rate:
+            return None
+        bits = -usage.clamp(min=_RAREST / usage.shape[1]).log2()
+        away = 1 - usage.amax(1, keepdim=True)
+        return self.rate * bits * (away / _EMPTYING).clamp(max=1)
 
     def proximal(self, weight: Tensor, nearest: Tensor, amount: float, layer: LayerState) -> Tensor:
         """Return the exact proximal step towards the assigned representative."""
