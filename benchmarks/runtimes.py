@@ -194,10 +194,14 @@ def opened(form: str, path: Path) -> Run:
     if form.startswith("executorch"):
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
-        method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
-        return lambda x: np.concatenate(
-            [method.execute([part])[0].numpy().copy() for part in torch.from_numpy(x).split(1)]
-        )
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+
+        def run(x: np.ndarray, program=program) -> np.ndarray:  # a method needs its program
+            parts = torch.from_numpy(x).split(1)
+            return np.concatenate([method.execute([part])[0].numpy().copy() for part in parts])
+
+        return run
     if form.startswith("onnx"):
         session = _session(path, fold=not form.endswith("not folded"))
         name = session.get_inputs()[0].name
