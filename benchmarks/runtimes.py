@@ -68,15 +68,16 @@ def _torch_int8(model: nn.Module, images: Tensor, at: Path) -> None:
 
 
 def _onnx(model: nn.Module, images: Tensor, at: Path) -> None:
-    export.onnx(model, at / "dense.onnx", example_inputs=images[:8], weights="dense")
-    export.onnx(model, at / "indices.onnx", example_inputs=images[:8])
+    export.onnx(model, at / "dense.onnx", example_inputs=images[:8], weights="dense",
+                overwrite=True)  # fmt: skip
+    export.onnx(model, at / "indices.onnx", example_inputs=images[:8], overwrite=True)
 
 
 def _affine(model: nn.Module, images: Tensor, at: Path) -> None:
     fewbits.quantize(model, k=K, method="uniform")
     for how in ("affine", "affine-int8"):
         export.onnx(
-            model, at / f"{how}.onnx", example_inputs=images[:8], weights=how,
+            model, at / f"{how}.onnx", example_inputs=images[:8], weights=how, overwrite=True,
             tolerance=1e-4 if how == "affine" else 0.5,
         )  # fmt: skip
 
@@ -117,7 +118,8 @@ def _onnx_int4(model: nn.Module, images: Tensor, at: Path) -> None:
 
 def _openvino(model: nn.Module, images: Tensor, at: Path) -> None:
     for form in ("dense", "indices"):
-        export.openvino(model, at / f"{form}.xml", example_inputs=images[:8], weights=form)
+        export.openvino(model, at / f"{form}.xml", example_inputs=images[:8], weights=form,
+                        overwrite=True)  # fmt: skip
 
 
 def _nncf(model: nn.Module, images: Tensor, at: Path) -> None:
@@ -141,7 +143,7 @@ def _nncf(model: nn.Module, images: Tensor, at: Path) -> None:
 
 
 def _executorch(model: nn.Module, images: Tensor, at: Path) -> None:
-    export.executorch(model, at / "dense.pte", example_inputs=images[:8])
+    export.executorch(model, at / "dense.pte", example_inputs=images[:8], overwrite=True)
 
 
 def _executorch_int8(model: nn.Module, images: Tensor, at: Path) -> None:
@@ -174,7 +176,7 @@ def _coreml(model: nn.Module, images: Tensor, at: Path) -> None:
     import coremltools.optimize.coreml as optimize
     from coremltools.models import MLModel
 
-    export.coreml(model, at / "m.mlpackage", example_inputs=images[:1])
+    export.coreml(model, at / "m.mlpackage", example_inputs=images[:1], overwrite=True)
     # Its own quantization of the same weights, made dense again.
     dense = optimize.decompress_weights(MLModel(str(at / "m.mlpackage"), skip_model_load=True))
     how = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")

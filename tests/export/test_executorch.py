@@ -59,8 +59,9 @@ def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, name, how,
 
 
 def test_a_program_whose_bytes_are_too_many_to_linger_once_freed_is_run_whole(tmp_path):
-    model = nn.Sequential(nn.Linear(2500, 4000))  # above 32 MB glibc gives memory back at once
-    model[0].weight.data = model[0].weight.data.sign() / 100
+    layer = nn.Linear(2500, 4000)  # above 32 MB glibc gives memory back at once
+    layer.weight.data = layer.weight.data.sign() / 100
+    model = nn.Sequential(layer)
     result = export.executorch(model, tmp_path / "m.pte", example_inputs=torch.randn(2, 2500))
     assert result.bytes > 1 << 25 and result.agreement == 1
 
