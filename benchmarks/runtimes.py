@@ -209,8 +209,9 @@ def opened(form: str, path: Path) -> Run:
         name = session.get_inputs()[0].name
         return lambda x: session.run(None, {name: x})[0]
     model: torch.nn.Module
-    # The fused attention reads the weights of layers, which are functions in its int8 layers.
-    torch.backends.mha.set_fastpath_enabled(not form.endswith("dynamic int8"))
+    # The fused encoder layer reads the weights of its layers, which int8 layers lack and compressed
+    # ones decode whole.
+    torch.backends.mha.set_fastpath_enabled(form.endswith("dense"))
     if "compressed" in form:
         with torch.device("meta"):
             model = torch.load(path.with_name("torch.pt"), weights_only=False, map_location="meta")
@@ -306,7 +307,8 @@ def speed(name: str, folder: Path, only: str) -> None:
         if not form.startswith(only):
             continue
         path = folder / name / FORMS[form][0]
-        files = path.rglob("*") if path.is_dir() else [path, path.with_suffix(".bin")]
+        files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+        files = path.rglob("*") if path.is_dir() else files
         size = sum(f.stat().st_size for f in files if f.is_file() and f.suffix != ".json")
         best = {}
         if said:
