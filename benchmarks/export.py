@@ -4,21 +4,27 @@
     python benchmarks/export.py
     python benchmarks/export.py --targets executorch    # in an environment that has it
 
-Every network goes to every target; those whose packages are missing say so in their row.
+Every network goes to every target; those whose packages are missing say so in their row. The
+targets include PyTorch itself, with the weights packed.
 """
 
 import argparse
+import copy
+import sys
 import tempfile
+import time
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from export_networks import FOLDER, NETWORKS, read
+from torch import Tensor, nn
 
 import fewbits
 from fewbits import export
 
-TARGETS = ("onnx", "onnx, dense", "openvino", "coreml", "executorch")
+TARGETS = ("onnx", "onnx, dense", "openvino", "coreml", "torch, compressed", "executorch")
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino", "coremltools",
             "executorch")  # fmt: skip
 
@@ -34,9 +40,32 @@ def versions(names: tuple[str, ...]) -> str:
     return ", ".join(found)
 
 
+@torch.no_grad()
+def compressed(model: nn.Module, path: Path, *, example_inputs: Tensor) -> export.Exported:
+    """Save a model with packed indices, load it with packed weights, and compare their outputs."""
+    fewbits.save(model, path, coder="packed")
+    packed = fewbits.load(path, into=copy.deepcopy(model), mode="compressed")
+    expected, found = (
+        torch.cat([m(x) for x in example_inputs.split(100)]) for m in (model, packed)
+    )
+    return export.Exported(
+        target="torch, compressed",
+        path=path,
+        runtime=f"torch {torch.__version__}",
+        bytes=path.stat().st_size,
+        dense_bytes=sum(t.nbytes for t in model.state_dict().values()),
+        weights=(),
+        examples=len(found),
+        difference=float((found - expected).abs().max() / expected.abs().max()),
+        agreement=float((found.argmax(1) == expected.argmax(1)).double().mean()),
+        notes=(f"{fewbits.compressed.memory(packed).bytes:,}",),
+    )
+
+
 def agreement(name: str, targets: list[str], folder: Path) -> None:
     """Print a row per target of a network."""
     model, images, _ = read(name, folder)
+    packed = sum(layer.bytes_fixed for layer in fewbits.summary(model).layers)
     with tempfile.TemporaryDirectory() as place:
         at = Path(place)
         writers = {
@@ -44,21 +73,27 @@ def agreement(name: str, targets: list[str], folder: Path) -> None:
             "onnx, dense": partial(export.onnx, model, at / "d.onnx", weights="dense"),
             "openvino": partial(export.openvino, model, at / "m.xml"),
             "coreml": partial(export.coreml, model, at / "m.mlpackage"),
+            "torch, compressed": partial(compressed, model, at / "m.fewbits"),
             "executorch": partial(export.executorch, model, at / "m.pte", batch=100),
         }
         for target in targets:
+            start = time.perf_counter()
             try:
                 row = writers[target](example_inputs=images)
             except fewbits.FewbitsError as error:
                 print(f"| {name} | {target} | {error} | | | | |", flush=True)
                 continue
-            packed = sum(w.packed_bytes for w in row.weights)
             difference = "not run" if row.difference is None else f"{row.difference:.1e}"
             same = "" if row.agreement is None else f"{row.agreement:.1%}"
             print(
                 f"| {name} | {target} | {row.bytes:,} | {row.bytes / row.dense_bytes:.3f} |"
                 f" {row.bytes / packed:.3f} | {difference} | {same} |",
                 flush=True,
+            )
+            said = f", tensors of {row.notes[0]} bytes" if target == "torch, compressed" else ""
+            seconds = time.perf_counter() - start
+            print(
+                f"{name}, {target}: {row.examples:,} images, {seconds:.0f} s{said}", file=sys.stderr
             )
 
 

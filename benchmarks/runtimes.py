@@ -11,6 +11,7 @@ one example, and how much resident memory loading and running took.
 
 import argparse
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -68,15 +69,16 @@ def _torch_int8(model: nn.Module, images: Tensor, at: Path) -> None:
 
 
 def _onnx(model: nn.Module, images: Tensor, at: Path) -> None:
-    export.onnx(model, at / "dense.onnx", example_inputs=images[:8], weights="dense")
-    export.onnx(model, at / "indices.onnx", example_inputs=images[:8])
+    export.onnx(model, at / "dense.onnx", example_inputs=images[:8], weights="dense",
+                overwrite=True)  # fmt: skip
+    export.onnx(model, at / "indices.onnx", example_inputs=images[:8], overwrite=True)
 
 
 def _affine(model: nn.Module, images: Tensor, at: Path) -> None:
     fewbits.quantize(model, k=K, method="uniform")
     for how in ("affine", "affine-int8"):
         export.onnx(
-            model, at / f"{how}.onnx", example_inputs=images[:8], weights=how,
+            model, at / f"{how}.onnx", example_inputs=images[:8], weights=how, overwrite=True,
             tolerance=1e-4 if how == "affine" else 0.5,
         )  # fmt: skip
 
@@ -117,7 +119,8 @@ def _onnx_int4(model: nn.Module, images: Tensor, at: Path) -> None:
 
 def _openvino(model: nn.Module, images: Tensor, at: Path) -> None:
     for form in ("dense", "indices"):
-        export.openvino(model, at / f"{form}.xml", example_inputs=images[:8], weights=form)
+        export.openvino(model, at / f"{form}.xml", example_inputs=images[:8], weights=form,
+                        overwrite=True)  # fmt: skip
 
 
 def _nncf(model: nn.Module, images: Tensor, at: Path) -> None:
@@ -141,7 +144,7 @@ def _nncf(model: nn.Module, images: Tensor, at: Path) -> None:
 
 
 def _executorch(model: nn.Module, images: Tensor, at: Path) -> None:
-    export.executorch(model, at / "dense.pte", example_inputs=images[:8])
+    export.executorch(model, at / "dense.pte", example_inputs=images[:8], overwrite=True)
 
 
 def _executorch_int8(model: nn.Module, images: Tensor, at: Path) -> None:
@@ -174,7 +177,7 @@ def _coreml(model: nn.Module, images: Tensor, at: Path) -> None:
     import coremltools.optimize.coreml as optimize
     from coremltools.models import MLModel
 
-    export.coreml(model, at / "m.mlpackage", example_inputs=images[:1])
+    export.coreml(model, at / "m.mlpackage", example_inputs=images[:1], overwrite=True)
     # Its own quantization of the same weights, made dense again.
     dense = optimize.decompress_weights(MLModel(str(at / "m.mlpackage"), skip_model_load=True))
     how = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
@@ -194,17 +197,22 @@ def opened(form: str, path: Path) -> Run:
     if form.startswith("executorch"):
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
-        method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
-        return lambda x: np.concatenate(
-            [method.execute([part])[0].numpy().copy() for part in torch.from_numpy(x).split(1)]
-        )
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+
+        def run(x: np.ndarray, program=program) -> np.ndarray:  # a method needs its program
+            parts = torch.from_numpy(x).split(1)
+            return np.concatenate([method.execute([part])[0].numpy().copy() for part in parts])
+
+        return run
     if form.startswith("onnx"):
         session = _session(path, fold=not form.endswith("not folded"))
         name = session.get_inputs()[0].name
         return lambda x: session.run(None, {name: x})[0]
     model: torch.nn.Module
-    # The fused attention reads the weights of layers, which are functions in its int8 layers.
-    torch.backends.mha.set_fastpath_enabled(not form.endswith("dynamic int8"))
+    # The fused encoder layer reads the weights of its layers, which int8 layers lack and compressed
+    # ones decode whole.
+    torch.backends.mha.set_fastpath_enabled(form.endswith("dense"))
     if "compressed" in form:
         with torch.device("meta"):
             model = torch.load(path.with_name("torch.pt"), weights_only=False, map_location="meta")
@@ -278,6 +286,10 @@ def resident() -> int:
 def measure(form: str, path: Path) -> dict[str, float]:
     """Load a file and run it; seconds and bytes."""
     x = np.load(path.with_name("image.npy"))
+    # What importing a runtime takes is not the model's.
+    for runtime in ("onnxruntime", "openvino", "executorch.runtime"):
+        if runtime.startswith(form.partition(",")[0]):
+            importlib.import_module(runtime)
     gc.collect()
     before = resident()
     start = time.perf_counter()
@@ -300,7 +312,8 @@ def speed(name: str, folder: Path, only: str) -> None:
         if not form.startswith(only):
             continue
         path = folder / name / FORMS[form][0]
-        files = path.rglob("*") if path.is_dir() else [path, path.with_suffix(".bin")]
+        files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+        files = path.rglob("*") if path.is_dir() else files
         size = sum(f.stat().st_size for f in files if f.is_file() and f.suffix != ".json")
         best = {}
         if said:

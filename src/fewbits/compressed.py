@@ -1,7 +1,7 @@
 """Models that run from packed indices and codebooks, for deployment where memory is the limit.
 
-Linear, convolution and embedding layers keep their weight packed and decode it when they use it;
-the weights are frozen. docs/compressed.md says when that pays.
+Linear, attention, convolution and embedding layers keep their weight packed and decode it when they
+use it; the weights are frozen. docs/compressed.md says when that pays.
 """
 
 import math
@@ -24,6 +24,7 @@ from ._packed import (
     is_convolution,
     set_activations,
     spared,
+    weight_name,
     why_dense,
     why_float,
 )
@@ -103,11 +104,11 @@ class Memory:
 def compress(model: nn.Module, *, activations: Activations = "float") -> Memory:
     """In place: keep the weights with few distinct values as packed indices and codebooks.
 
-    `nn.Linear`, `nn.Embedding` and the convolutions of torch keep working as they do, with equal
-    results within rounding; their class becomes a child of what it was, and their weight is
-    frozen. Everything else stays dense, and the result says why: also the smallest convolutions,
-    which are faster so, up to 1% of the bytes of the packed weights. Layers that are compressed
-    already stay so.
+    `nn.Linear`, `nn.Embedding`, `nn.MultiheadAttention` and the convolutions of torch keep working
+    as they do, with equal results within rounding; their class becomes a child of what it was, and
+    their weight is frozen. Everything else stays dense, and the result says why: also the smallest
+    convolutions, which are faster so, up to 1% of the bytes of the packed weights. Layers that are
+    compressed already stay so.
 
     Args:
         model: a hardened or quantized module; it does not matter who made the values few.
@@ -207,7 +208,7 @@ def memory(model: nn.Module) -> Memory:
         if is_compressed(layer):
             weight = layer.get_submodule(PACKED)
             assert isinstance(weight, PackedWeight)
-            full = f"{name}.weight" if name else "weight"
+            full = f"{name}.{weight_name(layer)}".removeprefix(".")
             owners.setdefault(weight, []).append(full)
             reasons[full] = why_float(layer)
             eight = eight or getattr(layer, "activations", "float") == "int8"

@@ -186,8 +186,39 @@ def test_attention_and_encoder_layers_work():
     inputs = torch.randn(2, 5, 16)
     close(packed(inputs), dense(inputs))
     names = {row.name for row in compressed.memory(packed).layers}
-    assert names == {"self_attn.out_proj.weight", "linear1.weight", "linear2.weight"}
-    assert list(compressed.memory(packed).dense) == ["self_attn.in_proj_weight"]
+    assert names == {"self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight",
+                     "linear2.weight"}  # fmt: skip
+    assert not compressed.memory(packed).dense
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_projects_its_inputs_from_the_indices(options, fused, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: fused)
+    torch.manual_seed(1)
+    dense, packed = both(nn.MultiheadAttention(8, 2, **options).eval())
+    fewbits.save(dense, tmp_path / "m.fewbits")
+    with torch.device("meta"):
+        empty = nn.MultiheadAttention(8, 2, **options).eval()
+    loaded = fewbits.load(tmp_path / "m.fewbits", into=empty, mode="compressed")
+    query, key = torch.randn(2, 5, 3, 8)
+    for model in (packed, loaded):
+        assert [row.name for row in compressed.memory(model).layers] == [
+            "in_proj_weight", "out_proj.weight"
+        ]  # fmt: skip
+        for other in (query, key):
+            with torch.no_grad():
+                close(model(query, other, other)[0], dense(query, other, other)[0])
+    compressed.decompress(packed)
+    assert type(packed) is nn.MultiheadAttention and same_state(packed, dense)
+
+
+def test_attention_with_projections_of_their_own_keeps_them_dense():
+    dense, packed = both(nn.MultiheadAttention(8, 2, kdim=6))
+    memory, (query, key) = compressed.memory(packed), (torch.randn(5, 3, 8), torch.randn(5, 3, 6))
+    assert [row.name for row in memory.layers] == ["out_proj.weight"]
+    assert list(memory.dense) == ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    close(packed(query, key, query)[0], dense(query, key, query)[0])
 
 
 def test_a_lone_layer_is_compressed_in_place():

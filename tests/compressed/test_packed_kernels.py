@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,37 +120,64 @@ def test_many_inputs_are_computed_in_parts(monkeypatch):
 @settings(max_examples=80)
 @given(given=weights(), batch=st.integers(1, 9))
 def test_sums_of_bytes_are_exact(made, given, batch):
+    assume(given[2] == 1 or given[3] == 0)  # codebooks along the outputs
     packed, dense = example(*given)
     codebook, factor = _eager.to_bytes(packed.codebook)
     assert codebook.abs().max() == 127 and factor.shape == (len(codebook), 1)
-    packed.codebook = codebook
-    integers = packed().long()
-    inputs = torch.randint(-127, 128, (batch, dense.shape[1]), dtype=torch.int8)
+    packed.codebook = codebook.float()  # up to 127, as the inputs are: steps of one
+    inputs = torch.randint(-127, 128, (batch, dense.shape[1])).float()
+    inputs[:, 0] = 127
     inputs[0] = 127  # with values of 127 the largest sums there are
-    result = made.linear_bytes(inputs, packed.indices, codebook, len(dense), packed.axis)
-    assert torch.equal(result.long(), inputs.long() @ integers.t())
+    result = made.linear_int8(inputs, packed.indices, packed.codebook, len(dense), packed.axis)
+    assert torch.equal(result.double(), inputs.double() @ packed().double().t())
 
 
 @backend
 def test_the_largest_sums_of_bytes_do_not_overflow(made):
     for k in (2, 4, 8, 16):
         packed, _ = example((2, 4096), k, 1, 0)
-        codebook = torch.full((1, k), -127, dtype=torch.int8)
-        inputs = torch.full((5, 4096), 127, dtype=torch.int8)
-        result = made.linear_bytes(inputs, packed.indices, codebook, 2, 0)
+        codebook, inputs = torch.full((1, k), -127.0), torch.full((5, 4096), 127.0)
+        result = made.linear_int8(inputs, packed.indices, codebook, 2, 0)
         assert (result == -127 * 127 * 4096).all()
 
 
-@backend
 @given(rows=st.integers(1, 5), columns=st.integers(1, 40), scale=st.sampled_from([1e-30, 1, 1e30]))
-def test_bytes_are_off_by_half_a_step_at_most(made, rows, columns, scale):
+def test_bytes_are_off_by_half_a_step_at_most(rows, columns, scale):
     values = scale * torch.randn(rows, columns)
     values[0] = 0
-    integers, factor = made.to_bytes(values)
-    assert all(map(torch.equal, (integers, factor), _eager.to_bytes(values)))
+    integers, factor = _eager.to_bytes(values)
     assert not integers[0].any()
     error = (integers.double() * factor.double() - values.double()).abs()
     assert (error <= 0.5001 * factor.double()).all()  # the quotient is rounded as well
+
+
+@compiled
+@settings(max_examples=80)
+@given(given=weights(), batch=st.integers(1, 9), scale=st.sampled_from([1e-30, 1, 1e30]),
+       dtype=st.sampled_from([torch.float16, torch.float32]))  # fmt: skip
+def test_eight_bit_products_are_those_of_plain_torch(given, batch, scale, dtype):
+    assert _cpu is not None
+    assume(given[2] == 1 or given[3] == 0)  # codebooks along the outputs
+    packed, dense = example(*given, dtype=dtype)
+    inputs = (scale * torch.randn(batch, dense.shape[1])).to(dtype)
+    inputs[batch // 2 :: 3] = 0
+    inputs[1:2, -1], inputs[2:3, 0] = math.nan, math.inf
+    arguments = inputs, packed.indices, packed.codebook, len(dense), packed.axis
+    found, expected = _cpu.linear_int8(*arguments), _eager.linear_int8(*arguments)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    if dtype == torch.float32 and batch > 2 and batch // 2 > 2:
+        assert found[1:3].isnan().all() and not found[0].isnan().any()
+
+
+@compiled
+def test_inputs_are_rounded_in_parts():
+    assert _cpu is not None
+    packed, _ = example((7, 64), 16, 7, 0)
+    inputs = torch.randn(2 * 256 + 3, 64)
+    arguments = packed.indices, packed.codebook, 7, 0
+    found, expected = (m.linear_int8(inputs, *arguments) for m in (_cpu, _eager))
+    assert torch.equal(found, expected)
 
 
 @settings(max_examples=60)
@@ -191,17 +218,17 @@ def test_the_number_of_threads_shows_in_no_bit(threads):
     packed, dense = example((301, 1024), 16, 1, 0)
     assert dense.numel() > _cpu.ALONE
     inputs = torch.randn(3, 1024)
-    integers = torch.randint(-127, 128, (3, 1024), dtype=torch.int8)
-    bytes_book = _eager.to_bytes(packed.codebook)[0]
     before = _cpu.linear(inputs, packed.indices, packed.codebook, 301, 0)
-    sums = _cpu.linear_bytes(integers, packed.indices, bytes_book, 301, 0)
+    coarse = _cpu.linear_int8(inputs, packed.indices, packed.codebook, 301, 0)
+    one = _cpu.linear_int8(inputs[:1], packed.indices, packed.codebook, 301, 0)
     many = torch.randn(20, 1024)
     panels = _cpu.linear(many, packed.indices, packed.codebook, 301, 0)
     torch.set_num_threads(threads)
     after = _cpu.linear(inputs, packed.indices, packed.codebook, 301, 0)
     assert torch.equal(after, before)
     assert torch.equal(_cpu.linear(many, packed.indices, packed.codebook, 301, 0), panels)
-    assert torch.equal(_cpu.linear_bytes(integers, packed.indices, bytes_book, 301, 0), sums)
+    assert torch.equal(_cpu.linear_int8(inputs, packed.indices, packed.codebook, 301, 0), coarse)
+    assert torch.equal(_cpu.linear_int8(inputs[:1], packed.indices, packed.codebook, 301, 0), one)
     assert torch.equal(packed(), dense)
 
 

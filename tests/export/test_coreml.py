@@ -34,6 +34,9 @@ def test_tables_are_there_padded_and_equal_and_the_package_is_small(tmp_path):
     assert result.difference is None and result.agreement is None and result.examples == 0
     assert "prediction needs a Mac" in str(result)
     assert result.bytes == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert {f.name for f in path.rglob("*") if f.is_file()} == {
+        "Manifest.json", "model.mlmodel", "weight.bin"
+    }  # fmt: skip
     packed = sum(row.packed_bytes for row in result.weights)
     assert packed < result.bytes < packed + 12_000 and result.ratio > 4
     spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()

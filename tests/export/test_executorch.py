@@ -26,7 +26,8 @@ def test_a_program_takes_its_batch_and_is_dense(tmp_path):
 
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
-    method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
     found = method.execute([images[5:]])[0]
     with torch.no_grad():
         torch.testing.assert_close(found, model(images[5:]), atol=1e-5, rtol=1e-5)
@@ -55,6 +56,14 @@ def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, name, how,
     with pytest.raises(fewbits.FewbitsError, match=said):
         export.executorch(make(), tmp_path / name, example_inputs=torch.randn(4, 97), **how)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_program_whose_bytes_are_too_many_to_linger_once_freed_is_run_whole(tmp_path):
+    layer = nn.Linear(2500, 4000)  # above 32 MB glibc gives memory back at once
+    layer.weight.data = layer.weight.data.sign() / 100
+    model = nn.Sequential(layer)
+    result = export.executorch(model, tmp_path / "m.pte", example_inputs=torch.randn(2, 2500))
+    assert result.bytes > 1 << 25 and result.agreement == 1
 
 
 def test_an_earlier_file_stays_unless_overwritten(tmp_path):

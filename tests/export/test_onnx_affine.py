@@ -100,3 +100,21 @@ def test_a_model_without_even_grids_is_refused(tmp_path):
     with pytest.raises(fewbits.PlanError, match=r"weight, …\): .*method=\"uniform\""):
         export.onnx(model, tmp_path / "m", example_inputs=torch.randn(2, 97), weights="affine")
     assert not list(tmp_path.iterdir())
+
+
+def test_values_trained_on_a_grid_need_no_decoding(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64))
+    clustering = fewbits.Clustering(model, k=16, regularizer=fewbits.regularizers.Periodic())
+    optimizer = torch.optim.SGD(clustering.param_groups(lr=0.1))
+    for _ in range(10):
+        inputs = torch.randn(32, 64)
+        ((model(inputs) - inputs).square().mean() + clustering.loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clustering.step()
+    clustering.harden()
+    result = export.onnx(
+        model, tmp_path / "m.onnx", example_inputs=torch.randn(8, 64), weights="affine"
+    )
+    assert all("MatMulNBits" in row.stored for row in result.weights), result

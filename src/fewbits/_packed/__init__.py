@@ -7,6 +7,7 @@ from ._layers import attach as attach
 from ._layers import detach as detach
 from ._layers import is_compressed as is_compressed
 from ._layers import set_activations as set_activations
+from ._layers import weight_name as weight_name
 from ._layers import why_dense as why_dense
 from ._layers import why_float as why_float
 from ._spared import MOST_SPARED as MOST_SPARED

@@ -234,7 +234,14 @@ TARGET static float row_to_bytes(const float *values, int64_t count, int8_t *out
         return finite ? INFINITY : NAN;
     }
     float step = largest / 127, divisor = step > 0 ? step : 1;
-    for (i = 0; i < count; i++) { /* to the nearest, ties to even */
+    __m256 by = _mm256_set1_ps(divisor);
+    for (i = 0; i + 8 <= count; i += 8) { /* to the nearest, ties to even */
+        __m256i whole = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(values + i), by));
+        __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                         _mm256_extracti128_si256(whole, 1));
+        _mm_storel_epi64((__m128i *)(out + i), _mm_packs_epi16(shorts, shorts));
+    }
+    for (; i < count; i++) {
         __m128 quotient = _mm_div_ss(_mm_set_ss(values[i]), _mm_set_ss(divisor));
         out[i] = (int8_t)_mm_cvtss_si32(quotient);
     }
@@ -268,57 +275,79 @@ INLINE void planes_of(const uint8_t *data, int width, __m256i *planes) {
         planes[plane] = _mm256_and_si256(_mm256_srli_epi16(all, plane * width), mask);
 }
 
-/* Add to sums[b] the products of one block's bytes with each input's planes. */
-INLINE void dot_block_of(const uint8_t *data, int width, int batch, __m256i table,
-                         const int8_t *input, int64_t stride, __m256i *sums) {
-    __m256i planes[8], ones = _mm256_set1_epi16(1);
-    planes_of(data, width, planes);
-    for (int plane = 0; plane < PLANES(width); plane++) {
-        __m256i values = _mm256_shuffle_epi8(table, planes[plane]);
-        for (int b = 0; b < batch; b++) {
-            __m256i x = _mm256_loadu_si256((const __m256i *)(input + b * stride + 32 * plane));
-            /* |x| times the value with the sign of x: at most 2 x 127 x 127 in 16 bits. */
-            __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(values, x));
-            sums[b] = _mm256_add_epi32(sums[b], _mm256_madd_epi16(pairs, ones));
+/* Add to sums[r * batch + b] the products of row r's bytes of one block with each input's planes. */
+INLINE void dot_block_of(const uint8_t *const *data, int width, int rows, int batch,
+                         const __m256i *tables, const int8_t *input, int64_t stride,
+                         __m256i *sums) {
+    __m256i planes[2][8], ones = _mm256_set1_epi16(1);
+    for (int r = 0; r < rows; r++) planes_of(data[r], width, planes[r]);
+    for (int plane = 0; plane < PLANES(width); plane++)
+        for (int r = 0; r < rows; r++) {
+            __m256i values = _mm256_shuffle_epi8(tables[r], planes[r][plane]);
+            for (int b = 0; b < batch; b++) {
+                __m256i x = _mm256_loadu_si256((const __m256i *)(input + b * stride + 32 * plane));
+                /* |x| times the value with the sign of x: at most 2 x 127 x 127 in 16 bits. */
+                __m256i with_sign = _mm256_sign_epi8(values, x);
+                __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), with_sign);
+                __m256i *sum = sums + r * batch + b;
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+            }
         }
-    }
 }
 
-INLINE void dot_bytes_of(const uint8_t *data, const uint8_t *end, int64_t blocks, int width,
-                         int batch, const int8_t *table, const int8_t *input, int64_t stride,
-                         int32_t *sums) {
-    __m256i total[MOST_BYTE_INPUTS];
-    __m256i look = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    for (int b = 0; b < batch; b++) total[b] = _mm256_setzero_si256();
+/* One row, or for a single input two: they share its loads and magnitudes. */
+INLINE void dot_bytes_of(const uint8_t *data, const uint8_t *end, int64_t pitch, int64_t blocks,
+                         int width, int rows, int batch, const int8_t *tables,
+                         const int8_t *input, int64_t stride, int32_t *sums) {
+    __m256i total[MOST_BYTE_INPUTS], looks[2];
+    const uint8_t *at[2];
     int64_t size = BLOCK_BYTES(width), step = 32 * PLANES(width), i = 0;
-    for (; i < blocks && data + i * size + 32 <= end; i++) {
-        _mm_prefetch((const char *)(data + i * size + AHEAD), _MM_HINT_T0);
-        dot_block_of(data + i * size, width, batch, look, input + i * step, stride, total);
+    for (int r = 0; r < rows; r++) {
+        at[r] = data + r * pitch;
+        looks[r] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)tables + r));
+    }
+    for (int j = 0; j < rows * batch; j++) total[j] = _mm256_setzero_si256();
+    for (; i < blocks && at[rows - 1] + 32 <= end; i++) {
+        for (int r = 0; r < rows; r++)
+            _mm_prefetch((const char *)(at[r] + AHEAD), _MM_HINT_T0);
+        dot_block_of(at, width, rows, batch, looks, input + i * step, stride, total);
+        for (int r = 0; r < rows; r++) at[r] += size;
     }
     for (; i < blocks; i++) { /* the last of all: what lies behind it is not ours */
-        uint8_t copy[32] = {0};
-        memcpy(copy, data + i * size, end - data - i * size < 32 ? end - data - i * size : 32);
-        dot_block_of(copy, width, batch, look, input + i * step, stride, total);
+        uint8_t copies[2][32] = {{0}};
+        const uint8_t *copied[2] = {copies[0], copies[1]};
+        for (int r = 0; r < rows; r++) {
+            if (at[r] < end) memcpy(copies[r], at[r], end - at[r] < 32 ? end - at[r] : 32);
+            at[r] += size;
+        }
+        dot_block_of(copied, width, rows, batch, looks, input + i * step, stride, total);
     }
-    for (int b = 0; b < batch; b++) {
+    for (int j = 0; j < rows * batch; j++) {
         int32_t lanes[8];
-        _mm256_storeu_si256((__m256i *)lanes, total[b]);
-        sums[b] = 0;
-        for (int l = 0; l < 8; l++) sums[b] += lanes[l];
+        _mm256_storeu_si256((__m256i *)lanes, total[j]);
+        sums[j] = 0;
+        for (int l = 0; l < 8; l++) sums[j] += lanes[l];
     }
 }
 
+#define DOT_BYTES_OF(width, rows, batch)                                                         \
+    dot_bytes_of(data, end, pitch, blocks, width, rows, batch, tables, input, stride, sums);     \
+    break
 #define DOT_BYTES(width)                                                                         \
-    switch (batch) {                                                                             \
-    case 1: dot_bytes_of(data, end, blocks, width, 1, table, input, stride, sums); break;        \
-    case 2: dot_bytes_of(data, end, blocks, width, 2, table, input, stride, sums); break;        \
-    case 4: dot_bytes_of(data, end, blocks, width, 4, table, input, stride, sums); break;        \
+    switch (rows * 8 + batch) {                                                                  \
+    case 17: DOT_BYTES_OF(width, 2, 1);                                                          \
+    case 9: DOT_BYTES_OF(width, 1, 1);                                                           \
+    case 10: DOT_BYTES_OF(width, 1, 2);                                                          \
+    case 12: DOT_BYTES_OF(width, 1, 4);                                                          \
     }                                                                                            \
     break
 
-TARGET static void dot_bytes(const uint8_t *data, const uint8_t *end, int64_t blocks, int width,
-                             int batch, const int8_t *table, const int8_t *input,
-                             int64_t stride, int32_t *sums) {
+/* The sums of `rows` (2 for one input, else 1) rows `pitch` bytes apart, by rows and inputs; each
+ * row has a table of 16 values. */
+TARGET static void dot_bytes(const uint8_t *data, const uint8_t *end, int64_t pitch,
+                             int64_t blocks, int width, int rows, int batch,
+                             const int8_t *tables, const int8_t *input, int64_t stride,
+                             int32_t *sums) {
     switch (width) {
     case 1: DOT_BYTES(1);
     case 2: DOT_BYTES(2);

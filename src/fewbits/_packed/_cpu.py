@@ -229,17 +229,8 @@ def convolve(
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
-def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """See `_eager.to_bytes`."""
-    if not (SIMD and values.dtype == torch.float32 and _on_cpu(values) and values.numel()):
-        return _eager.to_bytes(values)
-    integers, factor = torch.empty(values.shape, dtype=torch.int8), values.new_empty(len(values), 1)
-    _native.to_bytes(values.data_ptr(), *values.shape, integers.data_ptr(), factor.data_ptr())
-    return integers, factor
-
-
-def linear_bytes(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
-    """See `_eager.linear_bytes`."""
+def linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    """See `_eager.linear_int8`."""
     batch, columns = inputs.shape
     width = _eager.width_of(codebook)
     if not (
@@ -251,19 +242,15 @@ def linear_bytes(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, ax
         and rows * columns * batch
         and _on_cpu(inputs, packed, codebook)
     ):
-        return _eager.linear_bytes(inputs, packed, codebook, rows, axis)
-    weight = _weight(packed, codebook, (rows, columns), axis)
-    block = 64 if width == 3 else 256 // width
-    padded = -(-columns // block) * block
-    arranged = torch.empty(batch, padded, dtype=torch.int8)
-    _native.arrange(inputs.data_ptr(), batch, columns, width, padded, arranged.data_ptr())
-    result = torch.empty(batch, rows, dtype=torch.int32)
+        return _eager.linear_int8(inputs, packed, codebook, rows, axis)
+    floats, books = inputs.float(), codebook.float()
+    weight = _weight(packed, books, (rows, columns), axis)
+    result = floats.new_empty(batch, rows)
 
     def work(first: int, last: int) -> None:
-        _native.linear_bytes(
-            *weight, arranged.data_ptr(), batch, columns, padded, result.data_ptr(), rows,
-            first, last,
-        )  # fmt: skip
+        _native.linear_int8(
+            *weight, floats.data_ptr(), batch, columns, result.data_ptr(), rows, first, last
+        )
 
     _spread(work, rows, rows * columns * batch)
-    return result
+    return result.to(inputs.dtype)

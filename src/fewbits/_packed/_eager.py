@@ -207,6 +207,29 @@ def take(
     return codebook.reshape(-1)[places]
 
 
+def linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
+    """`linear` with inputs and representatives rounded to eight bits.
+
+    Each row of the inputs and each codebook has a factor of its own; the sums are exact.
+
+    Args:
+        inputs: (B, n) floating point.
+        packed: as for `linear`.
+        codebook: (G, K) floating point, G = 1 or along the first axis.
+        rows: of the weight.
+        axis: which axis the G codebooks run along.
+
+    Returns:
+        (B, rows) like `inputs`.
+    """
+    integers, factor = to_bytes(inputs)
+    values, step = to_bytes(codebook)
+    # Integers below 2^53 are exact in float64, where products of matrices are fast.
+    sums = linear(integers.double(), packed, values.double(), rows, axis).to(torch.int32)
+    steps = step if len(step) == 1 else step.repeat_interleave(rows // len(step), dim=0).t()
+    return (sums * (factor * steps)).to(inputs.dtype)
+
+
 def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows as int8 and the float that each row's integers are to be multiplied by.
 
@@ -222,21 +245,3 @@ def to_bytes(values: Tensor) -> tuple[Tensor, Tensor]:
     factor = values.abs().amax(dim=1, keepdim=True) / 127
     safe = torch.where(factor > 0, factor, 1)
     return (values / safe).nan_to_num(0).round().to(torch.int8), factor
-
-
-def linear_bytes(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
-    """Return the sums of products of int8 inputs and representatives.
-
-    Args:
-        inputs: (B, n) int8.
-        packed: as for `linear`.
-        codebook: (G, K) int8, G = 1 or along the first axis.
-        rows: of the weight.
-        axis: which axis the G codebooks run along.
-
-    Returns:
-        (B, rows) int32.
-    """
-    # Integers below 2^53 are exact in float64, where products of matrices are fast.
-    wide = linear(inputs.double(), packed, codebook.double(), rows, axis)
-    return wide.to(torch.int32)

@@ -137,12 +137,18 @@ def _linear_repr(layer: Any) -> str:
     return plain if layer.activations == "float" else f"{plain}, activations=int8"
 
 
+def weight_name(layer: nn.Module | type[nn.Module]) -> str:
+    """Return the parameter of a layer or a class of layers that can be packed."""
+    kind = layer if isinstance(layer, type) else type(layer)
+    return "in_proj_weight" if issubclass(kind, nn.MultiheadAttention) else "weight"
+
+
 def _compressed(base: type[nn.Module], name: str, **more: Any) -> type[nn.Module]:
     """Return a child of a layer's class that reads its weight from `packed_weight`."""
     members = {
         "__module__": __name__,
         "__doc__": f"`{base.__name__}` with a packed weight.",
-        "weight": property(_weight),
+        weight_name(base): property(_weight),
     }
     return type(name, (base,), members | more)
 
@@ -157,6 +163,7 @@ CompressedLinear = _compressed(nn.Linear, "CompressedLinear", **_LINEAR)
 CompressedProjection = _compressed(
     NonDynamicallyQuantizableLinear, "CompressedProjection", **_LINEAR
 )
+CompressedAttention = _compressed(nn.MultiheadAttention, "CompressedAttention")
 CompressedEmbedding = _compressed(nn.Embedding, "CompressedEmbedding", forward=_embedding)
 CompressedConv1d = _compressed(nn.Conv1d, "CompressedConv1d")
 CompressedConv2d = _compressed(nn.Conv2d, "CompressedConv2d", forward=_convolution)
@@ -168,7 +175,7 @@ CompressedConvTranspose3d = _compressed(nn.ConvTranspose3d, "CompressedConvTrans
 _CLASSES = {
     made.__bases__[0]: made
     for made in (
-        CompressedLinear, CompressedProjection, CompressedEmbedding,
+        CompressedLinear, CompressedProjection, CompressedAttention, CompressedEmbedding,
         CompressedConv1d, CompressedConv2d, CompressedConv3d,
         CompressedConvTranspose1d, CompressedConvTranspose2d, CompressedConvTranspose3d,
     )
@@ -184,7 +191,7 @@ def why_dense(layer: nn.Module, attribute: str) -> str | None:
     """Return why a layer's parameter cannot be packed, or nothing."""
     if type(layer) not in _CLASSES:
         return f"{type(layer).__name__} has no compressed form"
-    if attribute != "weight":
+    if attribute != weight_name(layer):
         return "it is not the layer's weight"
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return "max_norm changes the weight in the forward pass"
@@ -216,7 +223,7 @@ def why_float(layer: Any) -> str | None:
 
 def attach(layer: nn.Module, weight: PackedWeight) -> None:
     """In place: give a layer a packed weight instead of its dense one."""
-    del layer._parameters["weight"]
+    del layer._parameters[weight_name(layer)]
     layer.__class__ = _CLASSES[type(layer)]
     layer.register_module(PACKED, weight)
 
@@ -229,5 +236,5 @@ def detach(layer: nn.Module, weight: nn.Parameter) -> None:
     own = layer._parameters
     others = dict(own)
     own.clear()  # the weight comes first again
-    layer.register_parameter("weight", weight)
+    layer.register_parameter(weight_name(layer), weight)
     own.update(others)

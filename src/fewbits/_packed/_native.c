@@ -20,6 +20,7 @@
 
 #define MOST_INPUTS 8      /* of one pass over a row's indices */
 #define MOST_BYTE_INPUTS 4 /* of the same with eight-bit arithmetic */
+#define MOST_ROUNDED 256   /* inputs that are held rounded at a time */
 
 /* For eight-bit arithmetic a row's indices are cut into blocks, a block into planes of 32. */
 #define PLANES(width) ((width) == 3 ? 2 : 8 / (width))
@@ -214,78 +215,94 @@ static PyObject *linear(PyObject *self, PyObject *args) {
 
 #include "_panels.h"
 
-/* to_bytes(values, rows, columns, out, factors): see `_eager.to_bytes`. */
-static PyObject *to_bytes(PyObject *self, PyObject *args) {
-    unsigned long long values, out, factors;
-    Py_ssize_t rows, columns;
-    if (!PyArg_ParseTuple(args, "KnnKK", &values, &rows, &columns, &out, &factors)) return NULL;
-    const float *from = (const float *)(uintptr_t)values;
-    int8_t *to = (int8_t *)(uintptr_t)out;
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = 0; row < rows; row++)
-        ((float *)(uintptr_t)factors)[row] =
-            row_to_bytes(from + row * columns, columns, to + row * columns);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
 /* Which element of its block byte `byte` of plane `plane` is. */
 static int64_t plane_element(int width, int64_t plane, int64_t byte) {
     if (width == 3) return byte / 4 * 8 + 4 * plane + byte % 4;
     return byte * (8 / width) + plane;
 }
 
-/* arrange(input, batch, columns, width, padded, out): rows of bytes in the order of planes, with
- * zeros up to `padded`. */
-static PyObject *arrange(PyObject *self, PyObject *args) {
-    unsigned long long input, out;
-    Py_ssize_t batch, columns, padded;
-    int width;
-    if (!PyArg_ParseTuple(args, "KnninK", &input, &batch, &columns, &width, &padded, &out))
-        return NULL;
-    const int8_t *x = (const int8_t *)(uintptr_t)input;
-    int8_t *y = (int8_t *)(uintptr_t)out;
+/* Eight-bit inputs and codebooks, and what their integers are to be multiplied by. */
+typedef struct {
+    int8_t *row, *inputs, *tables; /* one row; rows of planes, padded by zeros; 16 values a group */
+    float *factors, *steps;
+    int64_t padded;
+} Rounded;
+
+static void round_inputs(const Rounded *to, const float *x, int64_t batch, int64_t columns,
+                         int width) {
     int64_t block = 32 * PLANES(width), from[256];
     for (int64_t i = 0; i < block; i++) from[i] = plane_element(width, i / 32, i % 32);
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t b = 0; b < batch; b++, x += columns, y += padded)
-        for (int64_t at = 0; at < padded; at += block)
-            for (int64_t i = 0; i < block; i++)
-                y[at + i] = at + from[i] < columns ? x[at + from[i]] : 0;
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    for (int64_t b = 0; b < batch; b++) {
+        int8_t *out = to->inputs + b * to->padded;
+        to->factors[b] = row_to_bytes(x + b * columns, columns, to->row);
+        memset(to->row + columns, 0, to->padded - columns);
+        for (int64_t at = 0; at < to->padded; at += block)
+            for (int64_t i = 0; i < block; i++) out[at + i] = to->row[at + from[i]];
+    }
 }
 
-/* linear_bytes(data, bytes, codebook, width, k, groups, run, input, batch, columns, padded, out,
- * rows, first, last): as `linear`, for an int8 codebook and arranged int8 inputs, to int32. */
-static PyObject *linear_bytes(PyObject *self, PyObject *args) {
-    unsigned long long data, codebook, input, out;
-    Py_ssize_t bytes, batch, columns, padded, rows, first, last;
-    char table[16] = {0};
-    Weight w;
-    if (!PyArg_ParseTuple(args, "KnKinnnKnnnKnnn", &data, &bytes, &codebook, &w.width, &w.k,
-                          &w.groups, &w.run, &input, &batch, &columns, &padded, &out, &rows,
-                          &first, &last))
-        return NULL;
-    w.data = (const uint8_t *)(uintptr_t)data;
-    w.end = w.data + bytes;
-    w.codebook = (const char *)(uintptr_t)codebook;
-    const int8_t *x = (const int8_t *)(uintptr_t)input;
-    int32_t *y = (int32_t *)(uintptr_t)out;
-    int64_t blocks = padded / (32 * PLANES(w.width));
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = first; row < last; row++) {
-        int64_t at = row * columns;
-        if (row == first || w.groups > 1) fill_table(&w, at, 1, table);
+/* The outputs `first` to before `last` of up to MOST_ROUNDED inputs. */
+static void dot_rounded(const Weight *w, const Rounded *from, int64_t batch, int64_t columns,
+                        float *out, int64_t rows, int64_t first, int64_t last) {
+    int64_t blocks = from->padded / (32 * PLANES(w->width)), pitch = columns * w->width / 8;
+    for (int64_t row = first, many; row < last; row += many) {
+        int64_t groups[2];
+        int8_t tables[2][16];
+        many = batch == 1 && row + 1 < last ? 2 : 1;
+        for (int64_t r = 0; r < many; r++) {
+            groups[r] = (row + r) * columns / w->run % w->groups;
+            memcpy(tables[r], from->tables + 16 * groups[r], 16);
+        }
         for (int64_t b = 0; b < batch;) {
             int some = power_of_two_below(batch - b, MOST_BYTE_INPUTS);
             int32_t sums[MOST_BYTE_INPUTS];
-            dot_bytes(w.data + at * w.width / 8, w.end, blocks, w.width, some,
-                      (const int8_t *)table, x + b * padded, padded, sums);
-            for (int i = 0; i < some; i++, b++) y[b * rows + row] = sums[i];
+            dot_bytes(w->data + row * pitch, w->end, pitch, blocks, w->width, many, some,
+                      tables[0], from->inputs + b * from->padded, from->padded, sums);
+            for (int64_t r = 0; r < many; r++)
+                for (int i = 0; i < some; i++)
+                    out[(b + i) * rows + row + r] =
+                        sums[r * some + i] * (from->factors[b + i] * from->steps[groups[r]]);
+            b += some;
         }
     }
+}
+
+/* linear_int8(data, bytes, codebook, width, k, groups, run, input, batch, columns, out, rows,
+ * first, last): as `linear`, with inputs and codebooks rounded to eight bits; rows begin with a
+ * byte, indices have up to four bits. */
+static PyObject *linear_int8(PyObject *self, PyObject *args) {
+    unsigned long long data, codebook, input, out;
+    Py_ssize_t bytes, batch, columns, rows, first, last;
+    Weight w;
+    Rounded to;
+    if (!PyArg_ParseTuple(args, "KnKinnnKnnKnnn", &data, &bytes, &codebook, &w.width, &w.k,
+                          &w.groups, &w.run, &input, &batch, &columns, &out, &rows, &first, &last))
+        return NULL;
+    w.data = (const uint8_t *)(uintptr_t)data;
+    w.end = w.data + bytes;
+    const float *x = (const float *)(uintptr_t)input, *books = (const float *)(uintptr_t)codebook;
+    float *y = (float *)(uintptr_t)out;
+    int64_t block = 32 * PLANES(w.width), some = batch < MOST_ROUNDED ? batch : MOST_ROUNDED;
+    to.padded = (columns + block - 1) / block * block;
+    float *scratch = malloc((some + w.groups) * sizeof(float) + (some + 1) * to.padded +
+                            16 * w.groups);
+    if (!scratch) return PyErr_NoMemory();
+    to.factors = scratch;
+    to.steps = to.factors + some;
+    to.tables = (int8_t *)(to.steps + w.groups);
+    to.row = to.tables + 16 * w.groups;
+    to.inputs = to.row + to.padded;
+    Py_BEGIN_ALLOW_THREADS
+    memset(to.tables, 0, 16 * w.groups);
+    for (int64_t g = 0; g < w.groups; g++)
+        to.steps[g] = row_to_bytes(books + g * w.k, w.k, to.tables + 16 * g);
+    for (int64_t b = 0; b < batch; b += some) {
+        int64_t left = batch - b < some ? batch - b : some;
+        round_inputs(&to, x + b * columns, left, columns, w.width);
+        dot_rounded(&w, &to, left, columns, y + b * rows, rows, first, last);
+    }
     Py_END_ALLOW_THREADS
+    free(scratch);
     Py_RETURN_NONE;
 }
 
@@ -308,9 +325,7 @@ static PyMethodDef methods[] = {
     {"linear", linear, METH_VARARGS, NULL},
     {"products", products, METH_VARARGS, NULL},
     {"patches", patches, METH_VARARGS, NULL},
-    {"to_bytes", to_bytes, METH_VARARGS, NULL},
-    {"arrange", arrange, METH_VARARGS, NULL},
-    {"linear_bytes", linear_bytes, METH_VARARGS, NULL},
+    {"linear_int8", linear_int8, METH_VARARGS, NULL},
 #endif
     {"use_simd", use_simd, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -69,15 +69,9 @@ def _linear(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: i
 
 
 def _linear_int8(inputs: Tensor, packed: Tensor, codebook: Tensor, rows: int, axis: int) -> Tensor:
-    """As `_linear`, with inputs and representatives rounded to eight bits.
-
-    Each row of the inputs and each codebook has a factor of its own; the sums are exact.
-    """
-    integers, factor = _made.to_bytes(inputs.reshape(-1, inputs.shape[-1]).contiguous())
-    values, step = _made.to_bytes(codebook)
-    sums = _made.linear_bytes(integers, packed, values, rows, axis)
-    steps = step if len(step) == 1 else step.repeat_interleave(rows // len(step), dim=0).t()
-    result = (sums * (factor * steps)).to(inputs.dtype)
+    """As `_linear`, with inputs and representatives rounded to eight bits."""
+    flat = inputs.reshape(-1, inputs.shape[-1]).contiguous()
+    result = _made.linear_int8(flat, packed, codebook, rows, axis)
     return result.view(*inputs.shape[:-1], rows)
 
 

@@ -161,6 +161,8 @@ def _convert(prepared: Ready, path: Path, batch: int, precision: Precision) -> N
                     skip_model_load=True,
                 )  # fmt: skip
         converted.save(str(path))
+    # Names of operators for debugging, of which the package's manifest does not know.
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,9 @@ def run(path: Path, inputs: Sequence[Tensor], batch: int) -> list[Any]:
         from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
         try:
-            method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
+            # A program holds its bytes, a method neither: freed, they would be read all the same.
+            program = Runtime.get().load_program(path.read_bytes())
+            method = program.load_method("forward")
             parts = [
                 # Copied: the method writes its outputs to the same memory again.
                 [y.numpy().copy() for y in method.execute([x.contiguous() for x in part])]
