@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder it was carried out in")
     parser.add_argument("--nncodec", required=True, help="a Python that has nncodec")
     parser.add_argument(
-        "--qp", type=int, nargs="+", default=[-20, -16, -12, -10, -8, -6], help="step sizes"
+        "--qp", type=int, nargs="+", default=[-24, -20, -18, -16, -14, -12], help="step sizes"
     )
     given = parser.parse_args()
     cells = read_study(given.study).cells
