@@ -11,6 +11,7 @@ from setuptools import Extension, setup
 
 # -g0: debugging information would be a third of what is installed.
 FLAGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-std=c11", "-fno-math-errno", "-g0"]
+LINKING = ["-s"] if sys.platform == "linux" else []  # no symbols either
 
 
 def extension(name: str, *sources: str) -> Extension:
@@ -19,6 +20,7 @@ def extension(name: str, *sources: str) -> Extension:
         name,
         [f"src/fewbits/{source}" for source in sources],
         extra_compile_args=FLAGS,
+        extra_link_args=LINKING,
         depends=[str(header) for header in Path("src/fewbits").glob("*/*.h")],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
