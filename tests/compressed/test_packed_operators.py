@@ -45,6 +45,8 @@ def test_these_are_all_of_them():
     assert found == {f"fewbits::{name}" for name in OPERATORS + elsewhere}
 
 
+# torch 2.14's own check looks at the gradient of what it has made of its inputs.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_an_operator_keeps_pytorchs_rules(name, granularity):
