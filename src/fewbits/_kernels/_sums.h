@@ -1,0 +1,41 @@
+/* Sums by cluster in float32 over a few blocks, added up in float64; included by _native.c. */
+
+/* Of weights above each of up to 3 boundaries, by lane: the first is of all weights. */
+typedef struct {
+    float sums[4][8];
+    uint32_t counts[4][8];
+} Above;
+
+static void add_above(const Above *above, int64_t k, const Sums *sums) {
+    double sum[5] = {0}, count[5] = {0};
+    for (int j = 0; j < k; j++)
+        for (int l = 0; l < 8; l++) {
+            sum[j] += above->sums[j][l];
+            count[j] += above->counts[j][l];
+        }
+    for (int j = 0; j < k; j++) {
+        sums->single[j * sums->lanes].sum += sum[j] - sum[j + 1];
+        sums->single[j * sums->lanes].count += count[j] - count[j + 1];
+    }
+}
+
+/* Add what was summed in float32, and clear it. */
+static void add_narrow(const Sums *sums, int64_t k) {
+    float *from = sums->narrow;
+    if (sums->kind == ONES)
+        for (int64_t j = 0; j < sums->lanes * k; j++) {
+            sums->single[j].sum += from[2 * j];
+            sums->single[j].count += from[2 * j + 1];
+            from[2 * j] = from[2 * j + 1] = 0;
+        }
+    if (sums->kind == PAIRS)
+        for (int key = 0; key < 256; key++, from += 8) {
+            Pair *a = sums->single + (key & 15) * sums->lanes, *b = sums->single + (key >> 4) * sums->lanes;
+            if (from[2] + from[6] == 0) continue; /* of values that there are not */
+            a->sum += (double)from[0] + from[4];
+            b->sum += (double)from[1] + from[5];
+            a->count += (double)from[2] + from[6];
+            b->count += (double)from[2] + from[6];
+            memset(from, 0, 8 * sizeof(float));
+        }
+}
