@@ -25,7 +25,7 @@
 #define CROWDED ((int32_t)-2147483647 - 1) /* the sign bit of a cell with several boundaries */
 #define GROUPED 8192 /* least weights in a row for sums by pairs of indices, 256 of them */
 #define NARROW 1024  /* most sums that are formed in float32 first */
-#define STRETCH 8    /* blocks after which those are added up in float64 */
+#define STRETCH 16   /* blocks after which those are added up in float64 */
 
 enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
 enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
@@ -68,7 +68,8 @@ typedef struct {
 
 /* Where one row's sums by cluster are formed, and how those of nearest-2 are: by comparisons, of up
  * to 4 values; by the indices of two neighbouring weights, of up to 16; by cluster; or all at once in
- * float64. The others take float32 for up to STRETCH blocks: a 10^-4 of a sum at the very most.
+ * float64. The others take float32 for up to STRETCH blocks: where all weights are alike, that may be
+ * off by 10^-4; else by 10^-7.
  */
 typedef struct {
     Pair *single; /* (k, lanes) */
@@ -89,8 +90,8 @@ typedef struct {
     const float *codebook;
     float *boundaries; /* with an infinity after the last */
     Cell *grid;        /* used where `cells` > 0 */
-    int cells;
-    int levels;  /* of the tree; 0 for more values than TREE */
+    int cells, crowded; /* whether any cell is */
+    int levels;         /* of the tree; 0 for more values than TREE */
     float low, per_unit;
     float tree[40]; /* see `plant` */
 } Search;
@@ -101,8 +102,13 @@ typedef struct {
 
 #ifdef __GNUC__
 #define AVX2 __attribute__((target("avx2,f16c")))
+#define ALIGNED __attribute__((aligned(64)))
+#elif defined(_MSC_VER)
+#define AVX2
+#define ALIGNED __declspec(align(64))
 #else
 #define AVX2
+#define ALIGNED
 #endif
 
 #define NAME(x) x##_portable
@@ -249,7 +255,7 @@ static Job job_of(const Call *call, int64_t i) {
 /* Run the parts `first` … `last` - 1 of all weights together; 0 where memory is short. */
 static int run_parts(int operation, const Call *call, int64_t first, int64_t last) {
     Search s = {.k = call->k};
-    float narrow[2 * NARROW];
+    ALIGNED float narrow[2 * NARROW];
     Sums sums = {.single = malloc(8 * call->k * sizeof(Pair)), .narrow = narrow};
     s.boundaries = malloc(call->k * sizeof(float));
     s.grid = malloc(most_cells(call->k) * sizeof(Cell));

@@ -57,6 +57,7 @@ static void lay_grid(Search *s, int64_t members) {
             }
         }
         write_cells(s, next, cells - 1, count);
+        s->crowded = most > 0;
         if (most <= 3 && 64 * crowded <= s->k) return;
         if (most > 3) s->cells = 0; /* bisection is as fast */
     }

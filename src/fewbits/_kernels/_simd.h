@@ -4,6 +4,10 @@
  * passes do the rest, and all of it on other processors, in the same order and with the same bits.
  */
 
+#define FETCHED 1024 /* weights: the processor fetches no further than a page by itself */
+enum { GRID, CROWD }; /* levels of a tree that is none: a grid, and one with crowded cells */
+
+#define RING 128     /* weights for which something is noted, over and over, to spare the L1 cache */
 #define AHEAD 64 /* weights: places in memory are noted so long before they are read, as waiting for
                   * a store to be loaded again costs more than the search */
 
@@ -86,7 +90,7 @@ TARGET static void uncrowd(const Search *s, int which, __m256 *x, __m256 *near, 
 
 /* Return the representatives of eight weights by the grid: a cell of four numbers is read for each,
  * and the eight of them are transposed. */
-INLINE __m256 look_up(const Finder *f, const Search *s, __m256 x, const int32_t *at,
+INLINE __m256 look_up(const Finder *f, const Search *s, int levels, __m256 x, const int32_t *at,
                       __m256i *index) {
     __m256 a = two_cells(f->cells, at), b = two_cells(f->cells, at + 1);
     __m256 c = two_cells(f->cells, at + 2), d = two_cells(f->cells, at + 3);
@@ -97,6 +101,8 @@ INLINE __m256 look_up(const Finder *f, const Search *s, __m256 x, const int32_t 
     __m256 upper = _mm256_shuffle_ps(ab, cd, 0x44), below = _mm256_shuffle_ps(ab, cd, 0xee);
     __m256 more = _mm256_cmp_ps(x, bound, _CMP_GT_OQ);
     __m256 near = _mm256_blendv_ps(lower, upper, more);
+    *index = _mm256_sub_epi32(_mm256_castps_si256(below), _mm256_castps_si256(more));
+    if (levels != CROWD) return near;
     int crowded = _mm256_movemask_ps(_mm256_and_ps(more, below)); /* its sign bit: CROWDED */
     *index = _mm256_and_si256(_mm256_castps_si256(below), _mm256_set1_epi32(~CROWDED));
     *index = _mm256_sub_epi32(*index, _mm256_castps_si256(more));
@@ -106,18 +112,19 @@ INLINE __m256 look_up(const Finder *f, const Search *s, __m256 x, const int32_t 
 
 /* Begin a search of `n` weights: note the first cells. */
 INLINE void begin(const Finder *f, int levels, const float *w, int n, int32_t *cells) {
-    for (int i = 0; levels == 0 && i < AHEAD && i + 8 <= n; i += 8) note_cells(f, w + i, cells + i);
+    for (int i = 0; levels < 2 && i < AHEAD && i + 8 <= n; i += 8) note_cells(f, w + i, cells + i);
 }
 
-/* Return the representatives of the eight weights from `i` on, and their indices; `levels` 0 for the
- * grid. */
-INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float *w, int i, int n,
-                      int32_t *cells, __m256i *index) {
+/* Return the representatives of the eight weights from `i` on, and their indices; `levels` of the
+ * tree, GRID or CROWD. */
+INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float *w, unsigned i,
+                      unsigned n, int32_t *cells, __m256i *index) {
     __m256 x = _mm256_loadu_ps(w + i);
-    if (levels == 0) {
-        int next = i + AHEAD;
-        if (next + 8 <= n) note_cells(f, w + next, cells + next);
-        return look_up(f, s, x, cells + i, index);
+    _mm_prefetch((const char *)(w + i + FETCHED), _MM_HINT_T0);
+    if (levels < 2) {
+        unsigned next = i + AHEAD;
+        if (next + 8 <= n) note_cells(f, w + next, cells + next % RING);
+        return look_up(f, s, levels, x, cells + i % RING, index);
     }
     __m256 near = descend(f, levels, x, index);
     *index = _mm256_sub_epi32(_mm256_setzero_si256(), *index);
@@ -127,7 +134,8 @@ INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float 
 /* Whether there is a search by registers or grid, with the constant that a loop is made for. */
 #define BY_LEVELS(s, result, call)                                                             \
     if ((s)->k > TREE && !(s)->cells) result = 0;                                              \
-    else if ((s)->levels == 0) result = call(0);                                               \
+    else if ((s)->levels == 0 && (s)->crowded) result = call(CROWD);                           \
+    else if ((s)->levels == 0) result = call(GRID);                                            \
     else if ((s)->levels == 2) result = call(2);                                               \
     else if ((s)->levels == 3) result = call(3);                                               \
     else result = call(4);
@@ -135,7 +143,7 @@ INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float 
 INLINE int locate_eights(const Search *s, int levels, const float *w, int n, uint16_t *index,
                          float *near) {
     const Finder f = finder_of(s);
-    int32_t cells[BLOCK];
+    ALIGNED int32_t cells[RING];
     int i = 0;
     begin(&f, levels, w, n, cells);
     for (; i + 8 <= n; i += 8) {
@@ -168,7 +176,7 @@ INLINE int pull_eights(const Search *s, int levels, const float *w, int n, float
                        float *out) {
     const Finder f = finder_of(s);
     const __m256 by = _mm256_set1_ps(scale);
-    int32_t cells[BLOCK];
+    ALIGNED int32_t cells[RING];
     int i = 0;
     begin(&f, levels, w, n, cells);
     for (; i + 8 <= n; i += 8) {
@@ -202,6 +210,7 @@ TARGET static void measure_few(const Search *s, const float *w, int n, const Sum
     Above above = {0};
     for (int i = 0; i + 8 <= n; i += 8) {
         __m256 x = _mm256_loadu_ps(w + i);
+        _mm_prefetch((const char *)(w + i + FETCHED), _MM_HINT_T0);
         __m256 a = _mm256_cmp_ps(x, f.low, _CMP_GT_OQ), b = _mm256_cmp_ps(x, f.root, _CMP_GT_OQ);
         __m256 d = _mm256_cmp_ps(x, f.high, _CMP_GT_OQ);
         __m256 lower = _mm256_blendv_ps(c[0], c[1], a), upper = _mm256_blendv_ps(c[2], c[3], d);
@@ -227,8 +236,8 @@ TARGET static void measure_few(const Search *s, const float *w, int n, const Sum
 /* What has been found of a block and is not added yet: an addition in memory would otherwise wait for
  * the search before it. */
 typedef struct {
-    float values[2 * BLOCK];
-    uint32_t places[BLOCK]; /* of sums in float32 */
+    ALIGNED float values[2 * RING];
+    ALIGNED uint32_t places[RING]; /* of sums in float32 */
 } Found;
 
 /* Of up to 16 values: one addition for two neighbours, at a place that both indices name. */
@@ -259,38 +268,50 @@ INLINE void note_ones(Found *found, int i, __m256 away, __m256i index, __m128i s
     _mm256_storeu_si256((__m256i *)(found->places + i), index);
 }
 
-INLINE void add_ones(const Found *found, int i, float *narrow) {
-    for (int l = 0; l < 8; l++) {
-        int swapped = (l & 2) << 1 | (l & 4) >> 1 | (l & 1);
-        double *to = (double *)(narrow + found->places[i + l]);
-        __m128 one = _mm_castpd_ps(_mm_load_sd((const double *)(found->values + 2 * (i + swapped))));
-        _mm_store_sd(to, _mm_castps_pd(_mm_add_ps(_mm_castpd_ps(_mm_load_sd(to)), one)));
-    }
+INLINE void add_one(float *to, const float *from) {
+    __m128 one = _mm_castpd_ps(_mm_load_sd((const double *)from));
+    __m128 sum = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)to)), one);
+    _mm_store_sd((double *)to, _mm_castps_pd(sum));
 }
 
-INLINE void measure_many(const Search *s, int levels, const float *w, int n, const Sums *sums,
+INLINE void add_ones(const Found *found, int i, float *narrow) {
+    const uint32_t *at = found->places + i;
+    const float *from = found->values + 2 * i;
+    add_one(narrow + at[0], from);
+    add_one(narrow + at[1], from + 2);
+    add_one(narrow + at[2], from + 8);
+    add_one(narrow + at[3], from + 10);
+    add_one(narrow + at[4], from + 4);
+    add_one(narrow + at[5], from + 6);
+    add_one(narrow + at[6], from + 12);
+    add_one(narrow + at[7], from + 14);
+}
+
+/* Of more than 4 values; of up to 16 by pairs. */
+INLINE void measure_many(const Search *s, int levels, const float *w, unsigned n, const Sums *sums,
                          int pairs, float squares[8]) {
     const Finder f = finder_of(s);
-    const int lanes = sums->lanes, late = 32;
+    const int lanes = sums->lanes;
+    const unsigned late = 32;
     const __m128i shift = _mm_cvtsi32_si128(1 + (lanes > 1) + (lanes > 2) + (lanes > 4));
     const __m256i lane = _mm256_and_si256(_mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14),
                                           _mm256_set1_epi32(2 * lanes - 2));
     __m256 square = _mm256_setzero_ps();
-    int32_t cells[BLOCK];
+    ALIGNED int32_t cells[RING];
     Found found;
     begin(&f, levels, w, n, cells);
-    for (int i = 0; i < n + late; i += 8) {
+    for (unsigned i = 0; i < n + late; i += 8) {
         if (i < n) {
             __m256i at;
             __m256 near = nearest(&f, s, levels, w, i, n, cells, &at);
             __m256 away = _mm256_sub_ps(_mm256_loadu_ps(w + i), near);
             square = _mm256_add_ps(square, _mm256_mul_ps(away, away));
-            if (pairs) note_pairs(&found, i, away, at);
-            else note_ones(&found, i, away, at, shift, lane);
+            if (pairs) note_pairs(&found, i % RING, away, at);
+            else note_ones(&found, i % RING, away, at, shift, lane);
         }
         if (i < late) continue;
-        if (pairs) add_pairs(&found, i - late, sums->narrow);
-        else add_ones(&found, i - late, sums->narrow);
+        if (pairs) add_pairs(&found, (i - late) % RING, sums->narrow);
+        else add_ones(&found, (i - late) % RING, sums->narrow);
     }
     _mm256_storeu_ps(squares, square);
 }

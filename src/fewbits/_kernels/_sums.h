@@ -28,14 +28,24 @@ static void add_narrow(const Sums *sums, int64_t k) {
             sums->single[j].count += from[2 * j + 1];
             from[2 * j] = from[2 * j + 1] = 0;
         }
-    if (sums->kind == PAIRS)
-        for (int key = 0; key < 256; key++, from += 8) {
-            Pair *a = sums->single + (key & 15) * sums->lanes, *b = sums->single + (key >> 4) * sums->lanes;
-            if (from[2] + from[6] == 0) continue; /* of values that there are not */
-            a->sum += (double)from[0] + from[4];
-            b->sum += (double)from[1] + from[5];
-            a->count += (double)from[2] + from[6];
-            b->count += (double)from[2] + from[6];
-            memset(from, 0, 8 * sizeof(float));
+    if (sums->kind != PAIRS) return;
+    double all[TREE][2] = {{0}};
+    for (int high = 0; high < k; high++) {
+        double sum = 0, count = 0;
+        for (int low = 0; low < k; low++) {
+            float *own = from + 8 * (low | high << 4);
+            double both = (double)own[2] + own[6];
+            all[low][0] += (double)own[0] + own[4];
+            all[low][1] += both;
+            sum += (double)own[1] + own[5];
+            count += both;
+            memset(own, 0, 8 * sizeof(float));
         }
+        sums->single[high * sums->lanes].sum += sum;
+        sums->single[high * sums->lanes].count += count;
+    }
+    for (int j = 0; j < k; j++) {
+        sums->single[j * sums->lanes].sum += all[j][0];
+        sums->single[j * sums->lanes].count += all[j][1];
+    }
 }
