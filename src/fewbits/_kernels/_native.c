@@ -66,16 +66,16 @@ typedef struct {
     double sum, count;
 } Pair;
 
-/* Where one row's sums by cluster are formed, and how those of nearest-2 are: by comparisons, of up
- * to 4 values; by the indices of two neighbouring weights, of up to 16; by cluster; or all at once in
- * float64. The others take float32 for up to STRETCH blocks: where all weights are alike, that may be
- * off by 10^-4; else by 10^-7.
+/* Where one row's sums by cluster are formed, and how those of nearest-2 are: by comparisons, of
+ * up to 4 values; by the indices of two neighbouring weights, of up to 16; by cluster; or at once
+ * in float64. The others take float32 for up to STRETCH blocks: where all weights are alike, that
+ * may be off by 10^-4; else by 10^-7.
  */
 typedef struct {
     Pair *single; /* (k, lanes) */
     int lanes;
     enum { FEW, PAIRS, ONES, EXACT } kind;
-    float *narrow; /* PAIRS: (256, 2) of two sums, a count and 0; ONES: (k, lanes) of sum and count */
+    float *narrow; /* PAIRS: (256, 2) of two sums, a count, 0; ONES: (k, lanes) of sum, count */
 } Sums;
 
 /* A cell of an even grid: which numbers the weights in it may be nearest to. */

@@ -261,8 +261,8 @@ TARGET static void NAME(assign)(const uint16_t *index, int n, int64_t at, const 
 }
 
 /* Do with the whole eights of a block what there are fast passes for; return how many weights. */
-TARGET static int NAME(eights)(int operation, const Job *job, const Search *s, const float *w, int n,
-                               float *out, const Sums *sums, double total[8]) {
+TARGET static int NAME(eights)(int operation, const Job *job, const Search *s, const float *w,
+                               int n, float *out, const Sums *sums, double total[8]) {
     int whole = n - n % 8;
     if (operation == MEASURE && sums->kind != EXACT) {
         float squares[8] = {0}, all = 0;

@@ -4,10 +4,10 @@
  * passes do the rest, and all of it on other processors, in the same order and with the same bits.
  */
 
-#define FETCHED 1024 /* weights: the processor fetches no further than a page by itself */
+#define FETCHED 1024 /* weights: the processor itself fetches no further than a page */
 enum { GRID, CROWD }; /* levels of a tree that is none: a grid, and one with crowded cells */
 
-#define RING 128     /* weights for which something is noted, over and over, to spare the L1 cache */
+#define RING 128     /* weights of which something is noted at a time: it stays in L1 */
 #define AHEAD 64 /* weights: places in memory are noted so long before they are read, as waiting for
                   * a store to be loaded again costs more than the search */
 
@@ -115,8 +115,8 @@ INLINE void begin(const Finder *f, int levels, const float *w, int n, int32_t *c
     for (int i = 0; levels < 2 && i < AHEAD && i + 8 <= n; i += 8) note_cells(f, w + i, cells + i);
 }
 
-/* Return the representatives of the eight weights from `i` on, and their indices; `levels` of the
- * tree, GRID or CROWD. */
+/* Return the representatives of the eight weights from `i` on, and their indices; `levels` of
+ * the tree, GRID or CROWD. */
 INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float *w, unsigned i,
                       unsigned n, int32_t *cells, __m256i *index) {
     __m256 x = _mm256_loadu_ps(w + i);
@@ -198,7 +198,7 @@ TARGET static int pull_fast(const Search *s, const float *w, int n, float scale,
     return done;
 }
 
-/* Of up to 4 values: the comparisons that find them mask what is added to the sums, in registers. */
+/* Of up to 4 values: the comparisons that find them mask what is added to sums in registers. */
 TARGET static void measure_few(const Search *s, const float *w, int n, const Sums *sums,
                                float squares[8]) {
     const Finder f = finder_of(s);
@@ -233,8 +233,8 @@ TARGET static void measure_few(const Search *s, const float *w, int n, const Sum
     add_above(&above, s->k, sums);
 }
 
-/* What has been found of a block and is not added yet: an addition in memory would otherwise wait for
- * the search before it. */
+/* What has been found and is not added yet: an addition in memory would else wait for the search
+ * before it. */
 typedef struct {
     ALIGNED float values[2 * RING];
     ALIGNED uint32_t places[RING]; /* of sums in float32 */
@@ -257,8 +257,8 @@ INLINE void add_pairs(const Found *found, int i, float *narrow) {
     }
 }
 
-/* Of more: neighbours go to different lanes. Values are stored beside ones, in the order 0 1 4 5 2 3
- * 6 7. */
+/* Of more: neighbours go to different lanes. Values stand beside ones, in the order 0 1 4 5 2 3 6
+ * 7. */
 INLINE void note_ones(Found *found, int i, __m256 away, __m256i index, __m128i shift,
                       __m256i lane) {
     const __m256 one = _mm256_set1_ps(1.0f);
