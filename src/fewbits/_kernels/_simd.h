@@ -4,12 +4,14 @@
  * passes do the rest, and all of it on other processors, in the same order and with the same bits.
  */
 
-#define FETCHED 1024 /* weights: the processor itself fetches no further than a page */
 enum { GRID, CROWD }; /* levels of a tree that is none: a grid, and one with crowded cells */
 
-#define RING 128     /* weights of which something is noted at a time: it stays in L1 */
-#define AHEAD 64 /* weights: places in memory are noted so long before they are read, as waiting for
-                  * a store to be loaded again costs more than the search */
+/* In weights: how far ahead they are fetched, as the processor itself stops at the end of a page; for
+ * how many something is noted at a time, which stays in L1; and how long cells are noted before they
+ * are read: waiting for a store to be loaded again takes longer than the search. */
+#define FETCHED 1024
+#define RING 128
+#define AHEAD 64
 
 /* What the search needs, in registers where it can be. */
 typedef struct {
@@ -269,9 +271,9 @@ INLINE void note_ones(Found *found, int i, __m256 away, __m256i index, __m128i s
 }
 
 INLINE void add_one(float *to, const float *from) {
-    __m128 one = _mm_castpd_ps(_mm_load_sd((const double *)from));
-    __m128 sum = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)to)), one);
-    _mm_store_sd((double *)to, _mm_castps_pd(sum));
+    __m128 own = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)from));
+    __m128 sum = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)to));
+    _mm_storel_pi((__m64 *)to, _mm_add_ps(sum, own));
 }
 
 INLINE void add_ones(const Found *found, int i, float *narrow) {
