@@ -337,7 +337,7 @@ def test_sizes_whose_squares_float32_does_not_hold_are_measured(backend, k, size
 
 @every_backend
 @pytest.mark.parametrize("k", [2, 9, 40])
-def test_sums_of_one_crowded_cluster_stay_exact(backend, k):
+def test_sums_of_one_crowded_cluster_do_not_drift(backend, k):
     # All weights alike: float32 sums of many equal numbers round to one side.
     weight = torch.full((1, 1_000_003), 0.1)
     codebook = torch.cat([torch.tensor([0.3 / 7]), torch.arange(1.0, k)])[None]
