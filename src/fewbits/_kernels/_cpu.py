@@ -1,7 +1,8 @@
 """The kernels for contiguous weights on the CPU, compiled; whatever else there is goes to `_eager`.
 
 Each function is the twin of the one of the same name in `_eager`. Indices, counts and snapped
-weights are equal; sums are of the same float32 numbers in float64, in another order.
+weights are equal; sums are of the same float32 numbers in float64, in another order. Those that
+`measure_all` makes for nearest-2 are in float32 over some thousands of weights at a time.
 
 A weight is cut into parts by its shape alone and the parts' sums are added up in order, so the
 number of threads shows in no bit of a result.

@@ -250,10 +250,11 @@ def _row_slices(weights: Sequence[Tensor]) -> Iterator[slice]:
 
 
 def _distances(
-    weight: Tensor, codebook: Tensor, boundaries: Tensor | None
+    weight: Tensor, codebook: Tensor, boundaries: Tensor | None, own: slice
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Yield rows, columns, indices and weight - representative, piece by piece."""
-    boundaries = midpoints(codebook) if boundaries is None else boundaries
+    """Yield rows, columns, indices and weight - representative by the `own` rows of codebooks."""
+    codebook = codebook[own]
+    boundaries = midpoints(codebook) if boundaries is None else boundaries[own]
     for rows, columns, indices in assign_pieces(weight, boundaries):
         nearest = gather(codebook, indices, rows.start)
         yield rows, columns, indices, weight[rows, columns].to(codebook.dtype) - nearest
@@ -283,8 +284,7 @@ def measure_all(
     counts = torch.zeros(codebook.shape, dtype=torch.float64, device=device)
     sums = torch.zeros_like(counts)
     for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
-        some_boundaries = None if boundaries is None else boundaries[own]
-        for rows, _, indices, distance in _distances(weight, codebook[own], some_boundaries):
+        for rows, _, indices, distance in _distances(weight, codebook, boundaries, own):
             if power == 2:
                 totals[i] += distance.reshape(-1).double().square().sum()
             else:
@@ -319,8 +319,7 @@ def pull_all(
     """
     for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
         out = outs[i].view(weight.shape)
-        some_boundaries = None if boundaries is None else boundaries[own]
-        for rows, columns, _, distance in _distances(weight, codebook[own], some_boundaries):
+        for rows, columns, _, distance in _distances(weight, codebook, boundaries, own):
             out[rows, columns] += (distance if power == 2 else distance.sign()).mul_(factors[i])
 
 
@@ -349,8 +348,7 @@ def move_all(
     left = torch.zeros_like(counts)
     for i, (weight, own) in enumerate(zip(weights, _row_slices(weights), strict=True)):
         amount = amounts[i].to(codebook.dtype)
-        some_boundaries = None if boundaries is None else boundaries[own]
-        for rows, columns, indices, distance in _distances(weight, codebook[own], some_boundaries):
+        for rows, columns, indices, distance in _distances(weight, codebook, boundaries, own):
             nearest = gather(codebook[own], indices, rows.start)
             if power == 2:
                 moved = torch.lerp(weight[rows, columns].to(codebook.dtype), nearest, amount)

@@ -23,7 +23,9 @@
 #define TREE 16    /* most values that are found by comparisons alone */
 #define MOST_CELLS (1 << 20)
 #define CROWDED ((int32_t)-2147483647 - 1) /* the sign bit of a cell with several boundaries */
-#define GROUPED 8192 /* least weights in a row for sums by tuples of indices, 512 of them */
+#define GROUPED 8192 /* least weights in a row for sums by pairs of indices, 256 of them */
+#define NARROW 1024  /* most sums that are formed in float32 first */
+#define STRETCH 16   /* blocks after which those are added up in float64 */
 
 enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
 enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
@@ -64,22 +66,16 @@ typedef struct {
     double sum, count;
 } Pair;
 
-/* Sums and counts by the indices of a few neighbouring weights: 2 lanes.
- *
- * Of four weights on up to 4 values, a sum for each; its number has their indices' low bits below
- * their high bits. Of two weights on up to 16 values, two sums and the count.
+/* Where one row's sums by cluster are formed, and how those of nearest-2 are: by comparisons, of
+ * up to 4 values; by the indices of two neighbouring weights, of up to 16; by cluster; or at once
+ * in float64. The others take float32 for up to STRETCH blocks: where all weights are alike, that
+ * may be off by 10^-4; else by 10^-7.
  */
-typedef struct {
-    double sums[2][256][4];
-    uint32_t counts[2][256]; /* of fours */
-    uint32_t filled;         /* weights that the last tuple lacked: counted as ones of index 0 */
-} Tuples;
-
-/* Where one row's sums by cluster are formed. */
 typedef struct {
     Pair *single; /* (k, lanes) */
     int lanes;
-    Tuples *tuples; /* used instead where it is not NULL */
+    enum { FEW, PAIRS, ONES, EXACT } kind;
+    float *narrow; /* PAIRS: (256, 2) of two sums, a count, 0; ONES: (k, lanes) of sum, count */
 } Sums;
 
 /* A cell of an even grid: which numbers the weights in it may be nearest to. */
@@ -94,18 +90,25 @@ typedef struct {
     const float *codebook;
     float *boundaries; /* with an infinity after the last */
     Cell *grid;        /* used where `cells` > 0 */
-    int cells;
-    int levels;  /* of the tree; 0 for more values than TREE */
+    int cells, crowded; /* whether any cell is */
+    int levels;         /* of the tree; 0 for more values than TREE */
     float low, per_unit;
     float tree[40]; /* see `plant` */
 } Search;
 
 #include "_halves.h"
 
+#include "_sums.h"
+
 #ifdef __GNUC__
 #define AVX2 __attribute__((target("avx2,f16c")))
+#define ALIGNED __attribute__((aligned(64)))
+#elif defined(_MSC_VER)
+#define AVX2
+#define ALIGNED __declspec(align(64))
 #else
 #define AVX2
+#define ALIGNED
 #endif
 
 #define NAME(x) x##_portable
@@ -173,31 +176,12 @@ static int lanes_for(const Job *job) {
 }
 
 static void clear(Sums *sums, int64_t k) {
-    if (sums->tuples) memset(sums->tuples, 0, sizeof(Tuples));
-    else memset(sums->single, 0, sums->lanes * k * sizeof(Pair));
-}
-
-static void write_tuples(const Tuples *tuples, int64_t k, double *counts, double *totals) {
-    double all[TREE][2] = {{0}};
-    for (int l = 0; l < 2; l++)
-        for (int key = 0; key < 256; key++)
-            for (int i = 0; i < (k <= 4 ? 4 : 2); i++) {
-                int j = k <= 4 ? (key >> i & 1) | (key >> (3 + i) & 2) : key >> 4 * i & 15;
-                all[j][0] += tuples->sums[l][key][i];
-                all[j][1] += k <= 4 ? tuples->counts[l][key] : tuples->sums[l][key][2];
-            }
-    all[0][1] -= tuples->filled;
-    for (int64_t j = 0; j < k; j++) {
-        totals[j] = all[j][0];
-        counts[j] = all[j][1];
-    }
+    memset(sums->single, 0, sums->lanes * k * sizeof(Pair));
+    if (sums->kind == PAIRS) memset(sums->narrow, 0, 2 * NARROW * sizeof(float));
+    if (sums->kind == ONES) memset(sums->narrow, 0, 2 * sums->lanes * k * sizeof(float));
 }
 
 static void write_sums(const Sums *sums, int64_t k, double *counts, double *totals) {
-    if (sums->tuples) {
-        write_tuples(sums->tuples, k, counts, totals);
-        return;
-    }
     for (int64_t j = 0; j < k; j++) {
         totals[j] = counts[j] = 0;
         for (int l = 0; l < sums->lanes; l++) {
@@ -207,13 +191,13 @@ static void write_sums(const Sums *sums, int64_t k, double *counts, double *tota
     }
 }
 
-static void run_part(int operation, const Job *job, int64_t part, Search *s, Sums sums,
-                     Tuples *tuples) {
+static void run_part(int operation, const Job *job, int64_t part, Search *s, Sums sums) {
     int64_t rows = (job->groups + job->parts - 1) / job->parts, columns = job->members;
     int64_t row = part * rows, from = 0;
     sums.lanes = lanes_for(job);
-    int plain = operation == MEASURE ? job->power == 2 : operation == SUMS && job->power == 1;
-    sums.tuples = plain && job->k <= TREE && job->members >= GROUPED ? tuples : NULL;
+    if (operation != MEASURE || job->power != 2 || sums.lanes * job->k > NARROW) sums.kind = EXACT;
+    else if (job->k <= 4) sums.kind = FEW;
+    else sums.kind = job->k <= TREE && job->members >= GROUPED ? PAIRS : ONES;
     if (job->groups == 1) {
         columns = ((job->members + job->parts - 1) / job->parts + BLOCK - 1) / BLOCK * BLOCK;
         from = part * columns;
@@ -271,8 +255,8 @@ static Job job_of(const Call *call, int64_t i) {
 /* Run the parts `first` … `last` - 1 of all weights together; 0 where memory is short. */
 static int run_parts(int operation, const Call *call, int64_t first, int64_t last) {
     Search s = {.k = call->k};
-    Sums sums = {.single = malloc(8 * call->k * sizeof(Pair))};
-    Tuples tuples;
+    ALIGNED float narrow[2 * NARROW];
+    Sums sums = {.single = malloc(8 * call->k * sizeof(Pair)), .narrow = narrow};
     s.boundaries = malloc(call->k * sizeof(float));
     s.grid = malloc(most_cells(call->k) * sizeof(Cell));
     int ok = s.boundaries && s.grid && sums.single;
@@ -285,7 +269,7 @@ static int run_parts(int operation, const Call *call, int64_t first, int64_t las
     for (int64_t i = low; ok && i < call->count && first < last; i++) {
         Job job = job_of(call, i);
         for (; first < last && first < call->entries[i].before + job.parts; first++)
-            run_part(operation, &job, first - call->entries[i].before, &s, sums, &tuples);
+            run_part(operation, &job, first - call->entries[i].before, &s, sums);
     }
     free(s.boundaries);
     free(s.grid);
@@ -321,7 +305,7 @@ static void add_parts(int operation, const Job *job) {
 /* Sum of squared deviations of all weights from their mean.
  *
  * For nearest-2 it follows from the sums by cluster. Where a codebook lies so far off that this
- * would cancel, and for nearest-1, it takes a pass of its own.
+ * would be off, and for nearest-1, it takes a pass of its own.
  */
 static double deviations(const Job *job) {
     double size = (double)job->groups * (double)job->members, mean = 0, spread = job->totals[0];
@@ -335,7 +319,7 @@ static double deviations(const Job *job) {
             double away = job->codebook[j] - mean;
             spread += away * (away * job->counts[j] + 2 * job->sums[j]);
         }
-        if (!(spread < 1e-6 * job->totals[0])) return spread;
+        if (!(spread < 0.1 * job->totals[0])) return spread;
     }
     double sum[8] = {0}, squares[8] = {0}, total = 0;
     moments(job, 0, job->groups * job->members, sum, squares);

@@ -178,22 +178,51 @@ TARGET static void NAME(distances)(const float *w, float *near, int n, int power
     }
 }
 
-/* Add numbers to the sums by tuples of neighbours' indices: fours of up to 4 values, pairs of up to
- * 16. A last tuple is filled up with zeros of index 0. */
-TARGET static void NAME(add_tuples)(const float *values, const uint16_t *index, int n, int size,
-                                    Tuples *to) {
-    for (int i = 0; i < n; i += size) {
-        int lane = i / size % 2, key = 0, here = n - i < size ? n - i : size;
-        for (int l = 0; l < here; l++) {
-            if (size == 2) key |= index[i + l] << 4 * l;
-            else key |= (index[i + l] & 1) << l | (index[i + l] >> 1) << (4 + l);
-        }
-        double *sums = to->sums[lane][key];
-        for (int l = 0; l < here; l++) sums[l] += (double)values[i + l];
-        if (size == 2) sums[2] += 1;
-        else to->counts[lane][key]++;
-        to->filled += size - here;
+/* Add numbers to the float32 sums by pairs of neighbours' indices, or by cluster. */
+TARGET static void NAME(add_pairs)(const float *values, const uint16_t *index, int n, float *to) {
+    for (int i = 0; i < n; i += 2) {
+        float *sums = to + 8 * (index[i] | index[i + 1] << 4) + (i & 2) * 2;
+        sums[0] += values[i];
+        sums[1] += values[i + 1];
+        sums[2] += 1;
     }
+}
+
+TARGET static void NAME(add_ones)(const float *values, const uint16_t *index, int n,
+                                  const Sums *sums) {
+    for (int i = 0; i < n; i++) {
+        float *to = sums->narrow + 2 * (sums->lanes * index[i] + (i & (sums->lanes - 1)));
+        to[0] += values[i];
+        to[1] += 1;
+    }
+}
+
+/* Add numbers to the sums of weights above each boundary. */
+TARGET static void NAME(add_few)(const Search *s, const float *values, const uint16_t *index, int n,
+                                 const Sums *sums) {
+    Above above = {0};
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 4; j++) {
+            above.sums[j][i % 8] += index[i] >= j ? values[i] : 0;
+            above.counts[j][i % 8] += index[i] >= j;
+        }
+    add_above(&above, s->k, sums);
+}
+
+/* Sum the distances of whole eights by cluster in float32, and their squares by lane. */
+TARGET static void NAME(measure)(const Search *s, const float *w, int n, const Sums *sums,
+                                 float squares[8]) {
+    float near[BLOCK];
+    uint16_t index[BLOCK];
+#if SIMD
+    if (measure_fast(s, w, n, sums, squares)) return;
+#endif
+    NAME(locate)(s, w, n, index, near);
+    for (int i = 0; i < n; i++) near[i] = w[i] - near[i];
+    for (int i = 0; i < n; i++) squares[i % 8] += near[i] * near[i];
+    if (sums->kind == FEW) NAME(add_few)(s, near, index, n, sums);
+    else if (sums->kind == PAIRS) NAME(add_pairs)(near, index, n, sums->narrow);
+    else NAME(add_ones)(near, index, n, sums);
 }
 
 /* ---- what is done with a block ---------------------------------------------------------- */
@@ -232,21 +261,33 @@ TARGET static void NAME(assign)(const uint16_t *index, int n, int64_t at, const 
 }
 
 /* Do with the whole eights of a block what there are fast passes for; return how many weights. */
-TARGET static int NAME(eights)(int operation, const Job *job, const Search *s, const float *w, int n,
-                               float *out, Sums *sums, double total[8]) {
+TARGET static int NAME(eights)(int operation, const Job *job, const Search *s, const float *w,
+                               int n, float *out, const Sums *sums, double total[8]) {
+    int whole = n - n % 8;
+    if (operation == MEASURE && sums->kind != EXACT) {
+        float squares[8] = {0}, all = 0;
+        NAME(measure)(s, w, whole, sums, squares);
+        for (int l = 0; l < 8; l++) all += squares[l];
+        if (all > 1e-25f && all < 1e30f) {
+            for (int l = 0; l < 8; l++) total[l] += squares[l];
+        } else { /* so small or large that float32 does not hold all squares */
+            float near[BLOCK];
+            NAME(locate)(s, w, whole, NULL, near);
+            NAME(distances)(w, near, whole, 2, total);
+        }
+        return whole;
+    }
 #if SIMD
     if (operation == PULL && job->power == 2)
         return pull_fast(s, w, n, (float)job->amount, out);
-    if (operation == MEASURE && job->power == 2) return sum_fast(s, w, NULL, n, sums, total);
-    if (operation == SUMS && job->power == 1) return sum_fast(s, w, out, n, sums, total);
 #endif
-    (void)operation, (void)job, (void)s, (void)w, (void)n, (void)out, (void)sums, (void)total;
+    (void)job, (void)out;
     return 0;
 }
 
 /* Do the same, or anything else, with `n` <= BLOCK weights from `at` on. */
 TARGET static void NAME(rest)(int operation, const Job *job, const Search *s, const float *w, int n,
-                              float *out, int64_t at, Sums *sums, double total[8]) {
+                              float *out, int64_t at, const Sums *sums, double total[8]) {
     float own[BLOCK], moved[BLOCK], *near = operation == SNAP ? out : own;
     uint16_t index[BLOCK];
     NAME(locate)(s, w, n, operation == PULL || operation == SNAP ? NULL : index, near);
@@ -262,18 +303,17 @@ TARGET static void NAME(rest)(int operation, const Job *job, const Search *s, co
         break;
     default:
         if (operation == MEASURE) NAME(distances)(w, out = near, n, job->power, total);
-        if (sums->tuples) NAME(add_tuples)(out, index, n, s->levels == 2 ? 4 : 2, sums->tuples);
-        else NAME(scatter)(out, index, n, job->power == 2 && operation == SUMS, sums->lanes,
-                           sums->single);
+        NAME(scatter)(out, index, n, job->power == 2 && operation == SUMS, sums->lanes,
+                      sums->single);
     }
 }
 
 /* Run one operation over the weights `at` … `end` of one row, into `sums`. */
 TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int64_t at,
-                             int64_t end, Sums *sums, double total[8]) {
+                             int64_t end, const Sums *sums, double total[8]) {
     float weights[BLOCK], others[BLOCK];
     int read = operation == SUMS || operation == PULL;
-    int written = operation == SNAP || operation == PULL;
+    int written = operation == SNAP || operation == PULL, blocks = 0;
     for (int n; at < end; at += n) {
         n = end - at < BLOCK ? (int)(end - at) : BLOCK;
         const float *w = NAME(load)(job->weight, job->type, at, n, weights);
@@ -284,6 +324,7 @@ TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int
         if (done < n)
             NAME(rest)(operation, job, s, w + done, n - done, out + done, at + done, sums, total);
         if (written && out == others) NAME(store)(job->out, job->out_type, at, n, others);
+        if (++blocks % STRETCH == 0 || at + n == end) add_narrow(sums, s->k);
     }
 }
 

@@ -2,7 +2,8 @@
  * by _native.c after the portable passes.
  */
 
-/* Lay out a tree of up to 16 values for permutations: nodes backwards modulo 8. */
+/* Lay out a tree of up to 16 values for permutations: nodes backwards modulo 8, or modulo 4
+ * where there are no more. The last level's values are in turn below and above their boundary. */
 static void plant(Search *s) {
     int levels = s->k <= 4 ? 2 : s->k <= 8 ? 3 : 4, size = 1 << levels;
     float b[TREE], c[TREE];
@@ -16,10 +17,10 @@ static void plant(Search *s) {
     s->tree[2] = b[3 * size / 4 - 1];
     for (int t = 0; t < 8; t++) {
         int back = (8 - t) & 7;
-        s->tree[8 + back] = b[(levels == 3 ? 2 * t : 4 * t + 1) & 15];
+        s->tree[8 + back] = b[levels == 3 ? 2 * t & 7 : (4 * t + 1) & 15];
         s->tree[16 + back] = b[2 * t];
-        s->tree[24 + back] = c[t];
-        s->tree[32 + back] = c[8 + t];
+        s->tree[24 + back] = c[levels == 2 ? t & 3 : levels == 3 ? t : 2 * t];
+        s->tree[32 + back] = c[2 * t + 1];
     }
 }
 
@@ -56,6 +57,7 @@ static void lay_grid(Search *s, int64_t members) {
             }
         }
         write_cells(s, next, cells - 1, count);
+        s->crowded = most > 0;
         if (most <= 3 && 64 * crowded <= s->k) return;
         if (most > 3) s->cells = 0; /* bisection is as fast */
     }

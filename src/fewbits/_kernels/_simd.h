@@ -4,11 +4,20 @@
  * passes do the rest, and all of it on other processors, in the same order and with the same bits.
  */
 
+enum { GRID, CROWD }; /* levels of a tree that is none: a grid, and one with crowded cells */
+
+/* In weights: how far ahead they are fetched, as the processor itself stops at the end of a page; for
+ * how many something is noted at a time, which stays in L1; and how long cells are noted before they
+ * are read: waiting for a store to be loaded again takes longer than the search. */
+#define FETCHED 1024
+#define RING 128
+#define AHEAD 64
+
 /* What the search needs, in registers where it can be. */
 typedef struct {
     __m256 root, low, high, third, fourth, lower, upper; /* up to 16 values: a tree */
     __m256 start, per_unit, top;                         /* more: a grid */
-    const Cell *cells;
+    const char *cells;
 } Finder;
 
 INLINE Finder finder_of(const Search *s) {
@@ -23,7 +32,7 @@ INLINE Finder finder_of(const Search *s) {
         .start = _mm256_set1_ps(s->low),
         .per_unit = _mm256_set1_ps(s->per_unit),
         .top = _mm256_set1_ps((float)(s->cells - 2)),
-        .cells = s->grid,
+        .cells = (const char *)s->grid,
     };
     return f;
 }
@@ -39,25 +48,30 @@ INLINE __m256i deeper(__m256i at, __m256 more) {
 INLINE __m256 descend(const Finder *f, int levels, __m256 x, __m256i *minus) {
     __m256 half = _mm256_cmp_ps(x, f->root, _CMP_GT_OQ);
     __m256 more = _mm256_cmp_ps(x, _mm256_blendv_ps(f->low, f->high, half), _CMP_GT_OQ);
-    __m256i at = deeper(_mm256_castps_si256(half), more);
-    if (levels > 2) {
-        more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(f->third, at), _CMP_GT_OQ);
-        at = deeper(at, more);
-    }
-    if (levels > 3) {
-        more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(f->fourth, at), _CMP_GT_OQ);
-        at = deeper(at, more);
-    }
-    *minus = at;
+    __m256i at = *minus = deeper(_mm256_castps_si256(half), more);
+    if (levels == 2) return _mm256_permutevar_ps(f->lower, at); /* the cheaper one, of four */
+    more = _mm256_cmp_ps(x, _mm256_permutevar_ps(f->third, at), _CMP_GT_OQ);
+    at = *minus = deeper(at, more);
     __m256 near = _mm256_permutevar8x32_ps(f->lower, at);
-    if (levels < 4) return near;
-    return _mm256_blendv_ps(near, _mm256_permutevar8x32_ps(f->upper, at), half);
+    if (levels == 3) return near;
+    more = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(f->fourth, at), _CMP_GT_OQ);
+    *minus = deeper(at, more);
+    return _mm256_blendv_ps(near, _mm256_permutevar8x32_ps(f->upper, at), more);
+}
+
+/* Note in which cells of the grid eight weights are, in bytes. */
+INLINE void note_cells(const Finder *f, const float *w, int32_t *at) {
+    __m256 place = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w), f->start), f->per_unit);
+    place = _mm256_min_ps(place, f->top); /* NaN becomes `top` */
+    place = _mm256_max_ps(place, _mm256_set1_ps(-1.0f));
+    place = _mm256_add_ps(place, _mm256_set1_ps(1.0f));
+    _mm256_storeu_si256((__m256i *)at, _mm256_slli_epi32(_mm256_cvttps_epi32(place), 4));
 }
 
 /* Two cells of the grid, for a weight and the one four further on. */
-INLINE __m256 two_cells(const Cell *cells, const int32_t *at) {
-    __m256 one = _mm256_castps128_ps256(_mm_loadu_ps(&cells[at[0]].bound));
-    return _mm256_insertf128_ps(one, _mm_loadu_ps(&cells[at[4]].bound), 1);
+INLINE __m256 two_cells(const char *cells, const int32_t *at) {
+    __m256 one = _mm256_castps128_ps256(_mm_loadu_ps((const float *)(cells + at[0])));
+    return _mm256_insertf128_ps(one, _mm_loadu_ps((const float *)(cells + at[4])), 1);
 }
 
 /* Where several boundaries share a cell: find the index among them one by one. */
@@ -78,13 +92,8 @@ TARGET static void uncrowd(const Search *s, int which, __m256 *x, __m256 *near, 
 
 /* Return the representatives of eight weights by the grid: a cell of four numbers is read for each,
  * and the eight of them are transposed. */
-INLINE __m256 look_up(const Finder *f, const Search *s, __m256 x, __m256i *index) {
-    int32_t at[8];
-    __m256 place = _mm256_mul_ps(_mm256_sub_ps(x, f->start), f->per_unit);
-    place = _mm256_min_ps(place, f->top); /* NaN becomes `top` */
-    place = _mm256_max_ps(place, _mm256_set1_ps(-1.0f));
-    place = _mm256_add_ps(place, _mm256_set1_ps(1.0f));
-    _mm256_storeu_si256((__m256i *)at, _mm256_cvttps_epi32(place));
+INLINE __m256 look_up(const Finder *f, const Search *s, int levels, __m256 x, const int32_t *at,
+                      __m256i *index) {
     __m256 a = two_cells(f->cells, at), b = two_cells(f->cells, at + 1);
     __m256 c = two_cells(f->cells, at + 2), d = two_cells(f->cells, at + 3);
     __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
@@ -94,6 +103,8 @@ INLINE __m256 look_up(const Finder *f, const Search *s, __m256 x, __m256i *index
     __m256 upper = _mm256_shuffle_ps(ab, cd, 0x44), below = _mm256_shuffle_ps(ab, cd, 0xee);
     __m256 more = _mm256_cmp_ps(x, bound, _CMP_GT_OQ);
     __m256 near = _mm256_blendv_ps(lower, upper, more);
+    *index = _mm256_sub_epi32(_mm256_castps_si256(below), _mm256_castps_si256(more));
+    if (levels != CROWD) return near;
     int crowded = _mm256_movemask_ps(_mm256_and_ps(more, below)); /* its sign bit: CROWDED */
     *index = _mm256_and_si256(_mm256_castps_si256(below), _mm256_set1_epi32(~CROWDED));
     *index = _mm256_sub_epi32(*index, _mm256_castps_si256(more));
@@ -101,9 +112,22 @@ INLINE __m256 look_up(const Finder *f, const Search *s, __m256 x, __m256i *index
     return near;
 }
 
-/* Return the representatives of eight weights, and their indices; `levels` 0 for the grid. */
-INLINE __m256 nearest(const Finder *f, const Search *s, int levels, __m256 x, __m256i *index) {
-    if (levels == 0) return look_up(f, s, x, index);
+/* Begin a search of `n` weights: note the first cells. */
+INLINE void begin(const Finder *f, int levels, const float *w, int n, int32_t *cells) {
+    for (int i = 0; levels < 2 && i < AHEAD && i + 8 <= n; i += 8) note_cells(f, w + i, cells + i);
+}
+
+/* Return the representatives of the eight weights from `i` on, and their indices; `levels` of
+ * the tree, GRID or CROWD. */
+INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float *w, unsigned i,
+                      unsigned n, int32_t *cells, __m256i *index) {
+    __m256 x = _mm256_loadu_ps(w + i);
+    _mm_prefetch((const char *)(w + i + FETCHED), _MM_HINT_T0);
+    if (levels < 2) {
+        unsigned next = i + AHEAD;
+        if (next + 8 <= n) note_cells(f, w + next, cells + next % RING);
+        return look_up(f, s, levels, x, cells + i % RING, index);
+    }
     __m256 near = descend(f, levels, x, index);
     *index = _mm256_sub_epi32(_mm256_setzero_si256(), *index);
     return near;
@@ -112,7 +136,8 @@ INLINE __m256 nearest(const Finder *f, const Search *s, int levels, __m256 x, __
 /* Whether there is a search by registers or grid, with the constant that a loop is made for. */
 #define BY_LEVELS(s, result, call)                                                             \
     if ((s)->k > TREE && !(s)->cells) result = 0;                                              \
-    else if ((s)->levels == 0) result = call(0);                                               \
+    else if ((s)->levels == 0 && (s)->crowded) result = call(CROWD);                           \
+    else if ((s)->levels == 0) result = call(GRID);                                            \
     else if ((s)->levels == 2) result = call(2);                                               \
     else if ((s)->levels == 3) result = call(3);                                               \
     else result = call(4);
@@ -120,10 +145,12 @@ INLINE __m256 nearest(const Finder *f, const Search *s, int levels, __m256 x, __
 INLINE int locate_eights(const Search *s, int levels, const float *w, int n, uint16_t *index,
                          float *near) {
     const Finder f = finder_of(s);
+    ALIGNED int32_t cells[RING];
     int i = 0;
+    begin(&f, levels, w, n, cells);
     for (; i + 8 <= n; i += 8) {
         __m256i at;
-        _mm256_storeu_ps(near + i, nearest(&f, s, levels, _mm256_loadu_ps(w + i), &at));
+        _mm256_storeu_ps(near + i, nearest(&f, s, levels, w, i, n, cells, &at));
         if (index)
             _mm_storeu_si128((__m128i *)(index + i),
                              _mm_packus_epi32(_mm256_castsi256_si128(at),
@@ -151,11 +178,13 @@ INLINE int pull_eights(const Search *s, int levels, const float *w, int n, float
                        float *out) {
     const Finder f = finder_of(s);
     const __m256 by = _mm256_set1_ps(scale);
+    ALIGNED int32_t cells[RING];
     int i = 0;
+    begin(&f, levels, w, n, cells);
     for (; i + 8 <= n; i += 8) {
         __m256i at;
-        __m256 x = _mm256_loadu_ps(w + i);
-        __m256 away = _mm256_sub_ps(x, nearest(&f, s, levels, x, &at));
+        __m256 near = nearest(&f, s, levels, w, i, n, cells, &at);
+        __m256 away = _mm256_sub_ps(_mm256_loadu_ps(w + i), near);
         away = _mm256_add_ps(_mm256_loadu_ps(out + i), _mm256_mul_ps(by, away));
         _mm256_storeu_ps(out + i, away);
     }
@@ -171,119 +200,136 @@ TARGET static int pull_fast(const Search *s, const float *w, int n, float scale,
     return done;
 }
 
-/* Sums are formed in two passes over a block, one that searches and one that adds, through these: an
- * addition in memory would otherwise wait for the searches before it. */
+/* Of up to 4 values: the comparisons that find them mask what is added to sums in registers. */
+TARGET static void measure_few(const Search *s, const float *w, int n, const Sums *sums,
+                               float squares[8]) {
+    const Finder f = finder_of(s);
+    const __m256 c[4] = {_mm256_set1_ps(s->tree[24]), _mm256_set1_ps(s->tree[31]),
+                         _mm256_set1_ps(s->tree[30]), _mm256_set1_ps(s->tree[29])};
+    const __m256 zero = _mm256_setzero_ps();
+    __m256 sum[4] = {zero, zero, zero, zero}, square = zero;
+    __m256i count[3] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    Above above = {0};
+    for (int i = 0; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(w + i);
+        _mm_prefetch((const char *)(w + i + FETCHED), _MM_HINT_T0);
+        __m256 a = _mm256_cmp_ps(x, f.low, _CMP_GT_OQ), b = _mm256_cmp_ps(x, f.root, _CMP_GT_OQ);
+        __m256 d = _mm256_cmp_ps(x, f.high, _CMP_GT_OQ);
+        __m256 lower = _mm256_blendv_ps(c[0], c[1], a), upper = _mm256_blendv_ps(c[2], c[3], d);
+        __m256 away = _mm256_sub_ps(x, _mm256_blendv_ps(lower, upper, b));
+        square = _mm256_add_ps(square, _mm256_mul_ps(away, away));
+        sum[0] = _mm256_add_ps(sum[0], away);
+        sum[1] = _mm256_add_ps(sum[1], _mm256_and_ps(away, a));
+        sum[2] = _mm256_add_ps(sum[2], _mm256_and_ps(away, b));
+        sum[3] = _mm256_add_ps(sum[3], _mm256_and_ps(away, d));
+        count[0] = _mm256_sub_epi32(count[0], _mm256_castps_si256(a));
+        count[1] = _mm256_sub_epi32(count[1], _mm256_castps_si256(b));
+        count[2] = _mm256_sub_epi32(count[2], _mm256_castps_si256(d));
+    }
+    for (int j = 0; j < 4; j++) {
+        _mm256_storeu_ps(above.sums[j], sum[j]);
+        if (j) _mm256_storeu_si256((__m256i *)above.counts[j], count[j - 1]);
+        else for (int l = 0; l < 8; l++) above.counts[0][l] = n / 8;
+    }
+    _mm256_storeu_ps(squares, square);
+    add_above(&above, s->k, sums);
+}
+
+/* What has been found and is not added yet: an addition in memory would else wait for the search
+ * before it. */
 typedef struct {
-    float values[BLOCK];
-    uint32_t places[BLOCK]; /* of a tuple's or a weight's sums, where its first weight has its own */
+    ALIGNED float values[2 * RING];
+    ALIGNED uint32_t places[RING]; /* of sums in float32 */
 } Found;
 
-/* Where sums by tuples of neighbours' indices are, of which there are 256: fours of up to 4 values,
- * pairs of up to 16. One addition in memory serves a tuple. */
-INLINE void place_fours(uint32_t *places, __m256i index) {
-    int high = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(index, 30)));
-    int low = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(index, 31)));
-    places[0] = (low & 15) | (high & 15) << 4;
-    places[4] = low >> 4 | (high & 240);
+/* Of up to 16 values: one addition for two neighbours, at a place that both indices name. */
+INLINE void note_pairs(Found *found, int i, __m256 away, __m256i index) {
+    index = _mm256_or_si256(index, _mm256_srli_epi64(index, 28));
+    index = _mm256_slli_epi64(_mm256_and_si256(index, _mm256_set1_epi64x(255)), 3);
+    _mm256_storeu_ps(found->values + i, away);
+    _mm256_storeu_si256((__m256i *)(found->places + i), index);
 }
 
-INLINE void place_twos(uint32_t *places, __m256i index) {
-    index = _mm256_and_si256(_mm256_or_si256(index, _mm256_srli_epi64(index, 28)),
-                             _mm256_set1_epi64x(255));
-    _mm256_storeu_si256((__m256i *)places, index);
+INLINE void add_pairs(const Found *found, int i, float *narrow) {
+    const __m128 one = _mm_setr_ps(0, 0, 1, 0);
+    for (int l = 0; l < 8; l += 2) {
+        float *to = narrow + found->places[i + l] + (l & 2) * 2;
+        __m128 both = _mm_loadl_pi(one, (const __m64 *)(found->values + i + l));
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), both));
+    }
 }
 
-/* Where sums of single clusters are: neighbours go to different lanes. */
-INLINE void place_ones(uint32_t *places, __m256i index, __m128i shift, __m256i lane) {
+/* Of more: neighbours go to different lanes. Values stand beside ones, in the order 0 1 4 5 2 3 6
+ * 7. */
+INLINE void note_ones(Found *found, int i, __m256 away, __m256i index, __m128i shift,
+                      __m256i lane) {
+    const __m256 one = _mm256_set1_ps(1.0f);
     index = _mm256_add_epi32(_mm256_sll_epi32(index, shift), lane);
-    _mm256_storeu_si256((__m256i *)places, index);
+    _mm256_storeu_ps(found->values + 2 * i, _mm256_unpacklo_ps(away, one));
+    _mm256_storeu_ps(found->values + 2 * i + 8, _mm256_unpackhi_ps(away, one));
+    _mm256_storeu_si256((__m256i *)(found->places + i), index);
 }
 
-INLINE void add_four(Tuples *t, int lane, uint32_t key, __m256d values) {
-    double *to = t->sums[lane][key];
-    _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), values));
-    t->counts[lane][key]++;
+INLINE void add_one(float *to, const float *from) {
+    __m128 own = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)from));
+    __m128 sum = _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)to));
+    _mm_storel_pi((__m64 *)to, _mm_add_ps(sum, own));
 }
 
-INLINE void add_two(double *to, __m256d both) { /* sums in the low half, counts above */
-    _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), both));
+INLINE void add_ones(const Found *found, int i, float *narrow) {
+    const uint32_t *at = found->places + i;
+    const float *from = found->values + 2 * i;
+    add_one(narrow + at[0], from);
+    add_one(narrow + at[1], from + 2);
+    add_one(narrow + at[2], from + 8);
+    add_one(narrow + at[3], from + 10);
+    add_one(narrow + at[4], from + 4);
+    add_one(narrow + at[5], from + 6);
+    add_one(narrow + at[6], from + 12);
+    add_one(narrow + at[7], from + 14);
 }
 
-INLINE void add_one(Pair *to, __m128d both) {
-    _mm_storeu_pd(&to->sum, _mm_add_pd(_mm_loadu_pd(&to->sum), both));
-}
-
-/* Add eight numbers to the sums at their places. */
-INLINE void add_eight(const Sums *sums, int size, const uint32_t *places, __m256d a, __m256d b) {
-    const __m256d one = _mm256_set1_pd(1.0);
-    Tuples *t = sums->tuples;
-    if (size == 4) {
-        add_four(t, 0, places[0], a);
-        add_four(t, 1, places[4], b);
-    } else if (size == 2) {
-        add_two(t->sums[0][places[0]], _mm256_blend_pd(a, one, 12));
-        add_two(t->sums[1][places[2]], _mm256_permute2f128_pd(a, one, 0x21));
-        add_two(t->sums[0][places[4]], _mm256_blend_pd(b, one, 12));
-        add_two(t->sums[1][places[6]], _mm256_permute2f128_pd(b, one, 0x21));
-    } else
-        for (int half = 0; half < 8; half += 4, a = b) {
-            __m256d even = _mm256_unpacklo_pd(a, one), odd = _mm256_unpackhi_pd(a, one);
-            add_one(sums->single + places[half], _mm256_castpd256_pd128(even));
-            add_one(sums->single + places[half + 1], _mm256_castpd256_pd128(odd));
-            add_one(sums->single + places[half + 2], _mm256_extractf128_pd(even, 1));
-            add_one(sums->single + places[half + 3], _mm256_extractf128_pd(odd, 1));
-        }
-}
-
-/* Search: note the places and, where `away` is wanted, w - representative. */
-INLINE void find_eights(const Search *s, int levels, const float *w, int n, int size, int lanes,
-                        int away, Found *found) {
+/* Of more than 4 values; of up to 16 by pairs. */
+INLINE void measure_many(const Search *s, int levels, const float *w, unsigned n, const Sums *sums,
+                         int pairs, float squares[8]) {
     const Finder f = finder_of(s);
-    const __m128i shift = _mm_cvtsi32_si128((lanes > 1) + (lanes > 2) + (lanes > 4));
-    const __m256i lane = _mm256_and_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                          _mm256_set1_epi32(lanes - 1));
-    for (int i = 0; i + 8 <= n; i += 8) {
-        __m256i at;
-        __m256 x = _mm256_loadu_ps(w + i);
-        x = _mm256_sub_ps(x, nearest(&f, s, levels, x, &at));
-        if (away) _mm256_storeu_ps(found->values + i, x);
-        if (size == 4) place_fours(found->places + i, at);
-        else if (size == 2) place_twos(found->places + i, at);
-        else place_ones(found->places + i, at, shift, lane);
-    }
-}
-
-INLINE int sum_eights(const Search *s, int levels, const float *w, const float *values, int n,
-                      const Sums *sums, double total[8]) {
+    const int lanes = sums->lanes;
+    const unsigned late = 32;
+    const __m128i shift = _mm_cvtsi32_si128(1 + (lanes > 1) + (lanes > 2) + (lanes > 4));
+    const __m256i lane = _mm256_and_si256(_mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14),
+                                          _mm256_set1_epi32(2 * lanes - 2));
+    __m256 square = _mm256_setzero_ps();
+    ALIGNED int32_t cells[RING];
     Found found;
-    const int size = !sums->tuples ? 1 : levels == 2 ? 4 : 2;
-    __m256d first = _mm256_loadu_pd(total), second = _mm256_loadu_pd(total + 4);
-    if (size == 4) find_eights(s, levels, w, n, 4, 1, !values, &found);
-    else if (size == 2) find_eights(s, levels, w, n, 2, 1, !values, &found);
-    else find_eights(s, levels, w, n, 1, sums->lanes, !values, &found);
-    const float *from = values ? values : found.values;
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256d a = _mm256_cvtps_pd(_mm_loadu_ps(from + i));
-        __m256d b = _mm256_cvtps_pd(_mm_loadu_ps(from + i + 4));
-        if (!values) {
-            first = _mm256_add_pd(first, _mm256_mul_pd(a, a));
-            second = _mm256_add_pd(second, _mm256_mul_pd(b, b));
+    begin(&f, levels, w, n, cells);
+    for (unsigned i = 0; i < n + late; i += 8) {
+        if (i < n) {
+            __m256i at;
+            __m256 near = nearest(&f, s, levels, w, i, n, cells, &at);
+            __m256 away = _mm256_sub_ps(_mm256_loadu_ps(w + i), near);
+            square = _mm256_add_ps(square, _mm256_mul_ps(away, away));
+            if (pairs) note_pairs(&found, i % RING, away, at);
+            else note_ones(&found, i % RING, away, at, shift, lane);
         }
-        add_eight(sums, size, found.places + i, a, b);
+        if (i < late) continue;
+        if (pairs) add_pairs(&found, (i - late) % RING, sums->narrow);
+        else add_ones(&found, (i - late) % RING, sums->narrow);
     }
-    _mm256_storeu_pd(total, first);
-    _mm256_storeu_pd(total + 4, second);
-    return i;
+    _mm256_storeu_ps(squares, square);
 }
 
-/* Search, and add `values` to the sums by cluster; or, where they are NULL, w - representative, and
- * its square to `total`. */
-TARGET static int sum_fast(const Search *s, const float *w, const float *values, int n,
-                           const Sums *sums, double total[8]) {
-    int done;
-#define CALL(levels) sum_eights(s, levels, w, values, n, sums, total)
-    BY_LEVELS(s, done, CALL)
+/* Search whole eights, and add w - representative to the float32 sums by cluster, and its square by
+ * lane; return whether there is a fast search. */
+TARGET static int measure_fast(const Search *s, const float *w, int n, const Sums *sums,
+                               float squares[8]) {
+    int done = 1;
+    if (sums->kind == FEW) measure_few(s, w, n, sums, squares);
+    else if (sums->kind == PAIRS && s->levels == 3) measure_many(s, 3, w, n, sums, 1, squares);
+    else if (sums->kind == PAIRS) measure_many(s, 4, w, n, sums, 1, squares);
+    else {
+#define CALL(levels) (measure_many(s, levels, w, n, sums, 0, squares), 1)
+        BY_LEVELS(s, done, CALL)
 #undef CALL
+    }
     return done;
 }
