@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fewbits
 from fewbits import export
+from fewbits.export._compare import compare
 
 TARGETS = ("onnx", "onnx, dense", "openvino", "coreml", "torch, compressed", "executorch")
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "openvino", "coremltools",
@@ -48,6 +49,7 @@ def compressed(model: nn.Module, path: Path, *, example_inputs: Tensor) -> expor
     expected, found = (
         torch.cat([m(x) for x in example_inputs.split(100)]) for m in (model, packed)
     )
+    difference, same = compare("torch, compressed", [expected], [found.numpy()], tolerance=1e-4)
     return export.Exported(
         target="torch, compressed",
         path=path,
@@ -56,8 +58,8 @@ def compressed(model: nn.Module, path: Path, *, example_inputs: Tensor) -> expor
         dense_bytes=sum(t.nbytes for t in model.state_dict().values()),
         weights=(),
         examples=len(found),
-        difference=float((found - expected).abs().max() / expected.abs().max()),
-        agreement=float((found.argmax(1) == expected.argmax(1)).double().mean()),
+        difference=difference,
+        agreement=same,
         notes=(f"{fewbits.compressed.memory(packed).bytes:,}",),
     )
 

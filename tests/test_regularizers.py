@@ -182,6 +182,17 @@ def test_a_rate_of_zero_is_nearest():
     torch.testing.assert_close(aware, plain, rtol=0, atol=0)
 
 
+def harden_after(clustering: fewbits.Clustering, *, lr: float, steps: int) -> None:
+    """In place: train on the penalty alone, then harden."""
+    optimizer = torch.optim.SGD(clustering.param_groups(lr=lr))
+    for _ in range(steps):
+        clustering.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clustering.step()
+    clustering.harden()
+
+
 def test_a_higher_rate_needs_fewer_bits():
     entropies = []
     for rate in (0.0, 0.05, 0.2):
@@ -189,13 +200,7 @@ def test_a_higher_rate_needs_fewer_bits():
         model = nn.Linear(64, 64)
         nn.init.normal_(model.weight)  # equal usage, as of even weights, is a fixed point
         clustering = fewbits.Clustering(model, k=16, regularizer=RateAware(rate))
-        optimizer = torch.optim.SGD(clustering.param_groups(lr=1.0))
-        for _ in range(60):
-            clustering.loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            clustering.step()
-        clustering.harden()
+        harden_after(clustering, lr=1.0, steps=60)
         entropies.append(fewbits.summary(model).bits_entropy)
     assert entropies[0] > entropies[1] > entropies[2], entropies
 
@@ -218,13 +223,7 @@ def test_no_price_empties_a_layer_of_small_weights():
     nn.init.normal_(parameter(model, "0.weight"))
     nn.init.normal_(parameter(model, "1.weight"), std=0.5)
     clustering = fewbits.Clustering(model, k=16, regularizer=RateAware(0.4))
-    optimizer = torch.optim.SGD(clustering.param_groups(lr=0.1))
-    for _ in range(150):
-        clustering.loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        clustering.step()
-    clustering.harden()
+    harden_after(clustering, lr=0.1, steps=150)
     small = parameter(model, "1.weight")
     most = small.unique(return_counts=True)[1].max()
     assert 0.9 < int(most) / small.numel() < 0.99
