@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -283,3 +284,11 @@ def std(weight: Tensor) -> Tensor:
     size = weight.numel()
     spread = squares / size - (total / size) ** 2
     return torch.tensor(math.sqrt(spread) if spread > 0 else spread * 0)
+
+
+def best_runs(counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, k: int) -> np.ndarray:
+    """See `_runs.best_runs`."""
+    starts = np.empty((len(counts), k), dtype=np.int64)
+    before = [np.ascontiguousarray(array) for array in (counts, sums, squares)]
+    _native.best_runs(*before, starts, len(counts), k)
+    return starts

@@ -165,6 +165,8 @@ static void moments(const Job *job, int64_t at, int64_t end, double sum[8], doub
 
 #include "_search.h"
 
+#include "_runs.h"
+
 /* ---- running jobs ----------------------------------------------------------------------- */
 
 /* Copies of each cluster's sum: many where few clusters would make neighbours wait for each
@@ -380,6 +382,7 @@ static PyMethodDef methods[] = {
     {"run", run_call, METH_VARARGS, NULL},
     {"combine", combine, METH_VARARGS, NULL},
     {"midpoints", midpoints, METH_VARARGS, NULL},
+    {"best_runs", best_runs, METH_VARARGS, NULL},
     {"use_simd", use_simd, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
