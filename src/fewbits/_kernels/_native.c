@@ -96,6 +96,8 @@ typedef struct {
     float tree[40]; /* see `plant` */
 } Search;
 
+#include "_processor.h"
+
 #include "_halves.h"
 
 #include "_sums.h"
@@ -133,14 +135,6 @@ typedef struct {
 #endif
 
 static int simd = 0; /* whether the second variant is used */
-
-static int processor_has_avx2(void) {
-#if HAS_AVX2 && defined(__GNUC__)
-    return __builtin_cpu_supports("avx2") != 0; /* all of these have F16C as well */
-#else
-    return HAS_AVX2;
-#endif
-}
 
 static void run(int operation, const Job *job, const Search *s, int64_t at, int64_t end,
                 Sums *sums, double total[8]) {

@@ -133,14 +133,17 @@ INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float 
     return near;
 }
 
-/* Whether there is a search by registers or grid, with the constant that a loop is made for. */
-#define BY_LEVELS(s, result, call)                                                             \
+/* Whether there is a search by registers or grid, with the constant that a loop is made for; of more
+ * than 4 values, or of any number. */
+#define BY_MORE_LEVELS(s, result, call)                                                        \
     if ((s)->k > TREE && !(s)->cells) result = 0;                                              \
     else if ((s)->levels == 0 && (s)->crowded) result = call(CROWD);                           \
     else if ((s)->levels == 0) result = call(GRID);                                            \
-    else if ((s)->levels == 2) result = call(2);                                               \
     else if ((s)->levels == 3) result = call(3);                                               \
     else result = call(4);
+#define BY_LEVELS(s, result, call)                                                             \
+    if ((s)->levels == 2) result = call(2);                                                    \
+    else BY_MORE_LEVELS(s, result, call)
 
 INLINE int locate_eights(const Search *s, int levels, const float *w, int n, uint16_t *index,
                          float *near) {
@@ -341,7 +344,7 @@ INLINE int add_eights(const Search *s, int what, const float *w, const float *va
     else if (sums->kind == PAIRS) *squares = add_by_indices(s, what, 4, 1, w, values, n, sums);
     else {
 #define CALL(levels) (*squares = add_by_indices(s, what, levels, 0, w, values, n, sums), 1)
-        BY_LEVELS(s, done, CALL)
+        BY_MORE_LEVELS(s, done, CALL)
 #undef CALL
     }
     return done;
