@@ -11,7 +11,8 @@ from setuptools import Extension, setup
 
 # -g0: debugging information would be a third of what is installed.
 FLAGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-std=c11", "-fno-math-errno", "-g0"]
-LINKING = ["-s"] if sys.platform == "linux" else []  # no symbols either
+# Neither symbols nor padding to whole pages.
+LINKING = ["-s", "-Wl,-z,noseparate-code"] if sys.platform == "linux" else []
 
 
 def extension(name: str, *sources: str) -> Extension:

@@ -198,10 +198,10 @@ def compare(methods: tuple[str, ...] | None, **options: Any) -> None:
 @click.option("--model", default="vgg16", show_default=True, help="A network by name.")
 @click.option("--batch", default=32, show_default=True, help="Images in a step.")
 @click.option("--k", default="4,16,256", show_default=True, callback=_numbers, help="Values: 4,16.")
-@click.option("--weights", default=45_088_768, show_default=True, help="For passes and attaching.")
+@click.option("--weights", default=45_088_768, show_default=True, help="Not for steps, layers.")
 @click.option("--pairs", default=10, show_default=True, help="Pairs measured in turn, 2 or more.")
 @click.option("--width", default=1.0, show_default=True, help="Multiplies the channel counts.")
-@click.option("--tables", callback=_words, help="Only these: passes,attaching,steps,layers.")
+@click.option("--tables", callback=_words, help="Only: passes,snapped,attaching,steps,layers.")
 @click.option(
     "--peers",
     is_flag=True,
@@ -228,6 +228,7 @@ def bench(model: str, batch: int, k: tuple[int, ...], weights: int, pairs: int, 
     else:
         measures = {
             "passes": lambda: lab.passes(weights, k, pairs),
+            "snapped": lambda: lab.snapped(weights, k, pairs),
             "attaching": lambda: lab.attaching(weights, k),
             "steps": lambda: lab.steps(sizes=k, **network),
             "layers": lambda: lab.many_layers(batch, k, 4 * pairs),

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._kernels import cluster_sums, midpoints
+from ._kernels import best_runs, cluster_sums, midpoints
 
 # Cells of the histogram that stands for a large weight: at 4,096 and K = 16 the distortion is
 # within 0.01% of exact (tests/test_codebook.py measures it); the table below is K x cells.
@@ -88,10 +88,6 @@ def _histogram(weight: Tensor, cells: int) -> tuple[np.ndarray, np.ndarray, np.n
 def _cluster(counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, k: int) -> np.ndarray:
     """Split ordered points into k runs of least squared error; return the runs' means.
 
-    D_k[j] = min_i D_{k-1}[i] + cost(i, j), where cost(i, j) is the squared error of points
-    i … j - 1 around their mean. The minimiser grows with j, so each row is solved by divide and
-    conquer in O(M log M) (Wang & Song 2011 use the same recurrence).
-
     Args:
         counts: (G, M) number of weights in each point.
         sums: (G, M) their sum.
@@ -101,79 +97,19 @@ def _cluster(counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, k: int) 
     Returns:
         (G, k) float64, ascending.
     """
-    groups, points = counts.shape
     total = counts.sum(1, keepdims=True)
     # Centred first: the cost subtracts squares of nearly equal size.
     mean = sums.sum(1, keepdims=True) / total
     squares = squares - 2 * mean * sums + mean**2 * counts
     sums = sums - mean * counts
-    prefix = [np.pad(np.cumsum(a, axis=1), ((0, 0), (1, 0))).ravel() for a in (counts, sums)]
-    prefix.append(np.pad(np.cumsum(squares, axis=1), ((0, 0), (1, 0))).ravel())
-
-    def cost(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        n, s, q = (p[stop] - p[start] for p in prefix)
-        return np.maximum(q - s * s / np.maximum(n, 1), 0)
-
-    width = points + 1
-    first = np.arange(groups)[:, None] * width
-    ends = first + np.arange(width)
-    best = cost(np.broadcast_to(first, ends.shape), ends)
-    choices = []
-    for _ in range(k - 1):
-        best, choice = _next_row(best, cost, width)
-        choices.append(choice)
-
-    stop = ends[:, -1].copy()
-    means = np.empty((groups, k))
-    for run in range(k - 1, -1, -1):
-        start = choices[run - 1].ravel()[stop] if run else first[:, 0]
-        n, s = prefix[0][stop] - prefix[0][start], prefix[1][stop] - prefix[1][start]
-        means[:, run] = np.where(n > 0, s / np.maximum(n, 1), np.nan)
-        stop = start
-    return _fill_empty(means) + mean
+    before = [np.pad(np.cumsum(a, axis=1), ((0, 0), (1, 0))) for a in (counts, sums, squares)]
+    bounds = np.pad(best_runs(*before, k=k), ((0, 0), (0, 1)), constant_values=counts.shape[1])
+    n, s = (np.diff(np.take_along_axis(a, bounds, axis=1)) for a in before[:2])
+    return _fill_empty(s / np.maximum(n, 1), n > 0) + mean
 
 
-def _next_row(best: np.ndarray, cost, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """One step of the recurrence for all groups; positions are flat indices group x width + j."""
-    groups = best.shape[0]
-    base = np.arange(groups)[:, None] * width
-    row = np.empty_like(best)
-    choice = np.empty(best.shape, dtype=np.int64)
-    flat_best, flat_row, flat_choice = best.ravel(), row.ravel(), choice.ravel()
-
-    def solve(stop: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        """Fill in the flat positions `stop`, whose minimisers lie in low … high."""
-        lengths = high - low + 1
-        offsets = np.cumsum(lengths) - lengths
-        owner = np.repeat(np.arange(len(stop)), lengths)
-        start = np.arange(lengths.sum()) - offsets[owner] + low[owner]
-        values = flat_best[start] + cost(start, stop[owner])
-        least = np.minimum.reduceat(values, offsets)
-        hits = np.flatnonzero(values == least[owner])
-        winner = hits[np.searchsorted(owner[hits], np.arange(len(stop)))]
-        flat_row[stop], flat_choice[stop] = least, start[winner]
-
-    step = 1 << max(width - 1, 1).bit_length()
-    solve(base.ravel(), base.ravel(), base.ravel())
-    while step > 1:
-        step //= 2
-        column = np.arange(step, width, 2 * step)
-        if not len(column):
-            continue
-        stop = (base + column).ravel()
-        low = flat_choice[stop - step]
-        above = column + step
-        known = (base + np.minimum(above, width - 1)).ravel()
-        inside = np.broadcast_to(above < width, (groups, len(column))).ravel()
-        high = np.where(inside, flat_choice[known], stop)
-        solve(stop, low, np.minimum(high, stop))
-    return row, choice
-
-
-def _fill_empty(means: np.ndarray) -> np.ndarray:
+def _fill_empty(means: np.ndarray, filled: np.ndarray) -> np.ndarray:
     """Give empty runs the value of the nearest filled run before them, else after them."""
-    for run in range(1, means.shape[1]):
-        means[:, run] = np.where(np.isnan(means[:, run]), means[:, run - 1], means[:, run])
-    for run in range(means.shape[1] - 2, -1, -1):
-        means[:, run] = np.where(np.isnan(means[:, run]), means[:, run + 1], means[:, run])
-    return means
+    last = np.maximum.accumulate(np.where(filled, np.arange(means.shape[1]), 0), axis=1)
+    source = np.maximum(last, filled.argmax(1)[:, None])
+    return np.take_along_axis(means, source, axis=1)

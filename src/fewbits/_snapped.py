@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ._codebook import boundaries_of, grouped, grouped_like, ungrouped
-from ._kernels import cluster_sums, compute_dtype, snap
+from ._kernels import compute_dtype, snap, sums_all
 from ._plan import CODEBOOK_SUFFIX
 from ._sharded import is_sharded
 from ._together import Together
@@ -53,7 +53,7 @@ def _codebook_gradient(
 ) -> Tensor:
     """Return the (G, K) gradient of the codebook in its own order, float64."""
     view, values = (grouped_like(t, weight, len(order), axis) for t in (weight, gradient))
-    counts, sums = cluster_sums(values, view, boundaries)
+    counts, sums = sums_all([values], [view], boundaries)
     # Members whose gradients differ at random move their representative as far as themselves.
     reduced = sums / counts.clamp(min=1).to(sums.dtype).sqrt()
     return torch.empty_like(reduced).scatter_(1, order, reduced)

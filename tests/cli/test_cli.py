@@ -243,7 +243,8 @@ def test_bench_measures_every_variant_and_size(tmp_path):
     assert found["threads"] == 1 and not written(tmp_path)
     assert len(found["steps"]) == len(found["layers"]) == 3 * 2 and len(found["attaching"]) == 2
     assert len(found["passes"]) == (3 if found["compiled"] else 2) * 2
-    for row in found["passes"] + found["steps"] + found["layers"]:
+    assert len(found["snapped"]) == 2 * 2
+    for row in found["passes"] + found["snapped"] + found["steps"] + found["layers"]:
         assert 0 < row["low"] <= row["ratio"] <= row["high"] and row["k"] in (2, 3)
     as_text = fewbits(tmp_path, "bench", "--model", "convnet", *sizes).stdout
     assert as_text.count("| penalty, convnet, batch 2 |") == 2

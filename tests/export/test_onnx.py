@@ -219,6 +219,13 @@ def test_refusals_say_what_is_wrong_and_leave_nothing(tmp_path, make, how, said)
     assert not list(tmp_path.iterdir())
 
 
+def test_where_an_older_pytorch_fails_a_newer_one_is_asked_for(tmp_path, monkeypatch):
+    model = models.quantized(nn.Sequential(nn.Linear(97, 97), models.Odd(97, 96)), 4)
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(fewbits.PlanError, match=r"exporter of PyTorch 2\.6\.0.*or newer"):
+        export.onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 97))
+
+
 def test_a_fixed_batch_is_exported_as_one(tmp_path):
     model = models.quantized(models.Fixed(97, 96), 4)
     result = export.onnx(

@@ -96,6 +96,11 @@ def test_many_weights_in_one_call_are_each_as_alone():
     factors = torch.rand(len(weights), dtype=torch.float64)
     outs = [torch.randn(shape) for shape in shapes]
     before = [out.clone() for out in outs]
+    values = [torch.randn(shape) for shape in shapes]
+    counts, sums = kernels.sums_all(values, weights, _eager.midpoints(codebook))
+    expected = _eager.sums_all(values, weights, _eager.midpoints(codebook))
+    assert torch.equal(counts, expected[0])
+    torch.testing.assert_close(sums, expected[1], rtol=0, atol=ROUNDING * 5_000)
     together = kernels.measure_all(weights, codebook, None, 2)
     again = kernels.measure_all(weights, codebook, None, 2)  # with the table that was kept
     assert all(map(torch.equal, together, again))

@@ -25,6 +25,8 @@ def results(backend, threads, k, dtype=torch.float32):
             for power in (1, 2):
                 found += some.measure_all([view], codebook, None, power)
             found += some.cluster_sums(view, view, kernels.midpoints(codebook))
+            values = view.flip(1).contiguous()
+            found += some.sums_all([values], [view], kernels.midpoints(codebook))
             out = torch.ones_like(view)
             some.pull_all([out], [view], codebook, None, 2, tenth)
             moved = view.clone()

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from . import _eager
+from . import _eager, _runs
 from ._eager import PIECE as PIECE
 from ._eager import Measures as Measures
 from ._eager import Weights as Weights
@@ -78,6 +78,8 @@ snap = _by_device(_eager.snap)
 snap_all = _by_device(_eager.snap_all)
 std = _by_device(_eager.std)
 sums_all = _by_device(_eager.sums_all)
+
+best_runs = _runs.best_runs if _cpu is None else _cpu.best_runs
 
 
 def kernels() -> dict[str, ModuleType]:

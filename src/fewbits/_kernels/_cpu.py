@@ -1,8 +1,9 @@
 """The kernels for contiguous weights on the CPU, compiled; whatever else there is goes to `_eager`.
 
 Each function is the twin of the one of the same name in `_eager`. Indices, counts and snapped
-weights are equal; sums are of the same float32 numbers in float64, in another order. Those that
-`measure_all` makes for nearest-2 are in float32 over some thousands of weights at a time.
+weights are equal; sums are of the same float32 numbers in float64, in another order. Those of
+`sums_all`, and of `measure_all` for nearest-2, are in float32 over some thousands of weights at a
+time.
 
 A weight is cut into parts by its shape alone and the parts' sums are added up in order, so the
 number of threads shows in no bit of a result.
@@ -15,13 +16,14 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import _eager, _native  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 
 # As in _native.c.
-MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS = range(7)
+MEASURE, SUMS, ADD, PULL, MOVE, SNAP, ASSIGN, MOMENTS = range(8)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int32: 4}
 _WEIGHTS = frozenset([torch.float32, torch.bfloat16, torch.float16])
 _CALL = struct.Struct("@7P8q")
@@ -116,7 +118,7 @@ class _Table:
         # Where no representative is needed, any numbers will do.
         codebook = torch.zeros(self.rows, self.k) if codebook is None else codebook.contiguous()
         addresses = None if outs is None else array("q", [out.data_ptr() for out in outs])
-        summed = operation in (MEASURE, SUMS, MOVE, MOMENTS)
+        summed = operation in (MEASURE, SUMS, ADD, MOVE, MOMENTS)
         count = len(self.weights)
         sizes = (2 * self.parts + 2 * self.slots * self.k, 2 * count + 2 * self.rows * self.k)
         work, results = (torch.empty(n if summed else 0, dtype=torch.float64) for n in sizes)
@@ -222,7 +224,7 @@ def sums_all(
     table = _Table.of(weights, boundaries.shape[1] + 1) if _fit(1, values) else None
     if table is None:
         return _eager.sums_all(values, weights, boundaries)
-    return table.sums(table.run(SUMS, boundaries=boundaries, outs=values))
+    return table.sums(table.run(ADD, boundaries=boundaries, outs=values))
 
 
 def measure_all(
@@ -282,3 +284,11 @@ def std(weight: Tensor) -> Tensor:
     size = weight.numel()
     spread = squares / size - (total / size) ** 2
     return torch.tensor(math.sqrt(spread) if spread > 0 else spread * 0)
+
+
+def best_runs(counts: np.ndarray, sums: np.ndarray, squares: np.ndarray, k: int) -> np.ndarray:
+    """See `_runs.best_runs`."""
+    starts = np.empty((len(counts), k), dtype=np.int64)
+    before = [np.ascontiguousarray(array) for array in (counts, sums, squares)]
+    _native.best_runs(*before, starts, len(counts), k)
+    return starts

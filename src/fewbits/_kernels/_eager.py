@@ -372,7 +372,7 @@ def snap_all(
 def sums_all(
     values: Sequence[Tensor], weights: Sequence[Tensor], boundaries: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return what `cluster_sums` does for each weight, (R, K) for all; see `measure_all`."""
+    """As `cluster_sums` for many weights, for gradients: less exact where compiled; see `_cpu`."""
     each = zip(values, weights, _row_slices(weights), strict=True)
     found = [cluster_sums(v.view(w.shape), w, boundaries[own]) for v, w, own in each]
     return torch.cat([counts for counts, _ in found]), torch.cat([sums for _, sums in found])

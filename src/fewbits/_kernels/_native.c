@@ -27,7 +27,7 @@
 #define NARROW 1024  /* most sums that are formed in float32 first */
 #define STRETCH 16   /* blocks after which those are added up in float64 */
 
-enum { MEASURE, SUMS, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
+enum { MEASURE, SUMS, ADD, PULL, MOVE, SNAP, ASSIGN, MOMENTS };
 enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, INT32 };
 
 /* One weight's row of the table that `_cpu._Table` fills. */
@@ -66,10 +66,10 @@ typedef struct {
     double sum, count;
 } Pair;
 
-/* Where one row's sums by cluster are formed, and how those of nearest-2 are: by comparisons, of
- * up to 4 values; by the indices of two neighbouring weights, of up to 16; by cluster; or at once
- * in float64. The others take float32 for up to STRETCH blocks: where all weights are alike, that
- * may be off by 10^-4; else by 10^-7.
+/* Where one row's sums by cluster are formed, and how those of ADD and of MEASURE for nearest-2 are:
+ * by comparisons, of up to 4 values; by the indices of two neighbouring weights, of up to 16; by
+ * cluster; or at once in float64. The others take float32 for up to STRETCH blocks: where all
+ * numbers are alike, that may be off by 10^-4; else by 10^-7.
  */
 typedef struct {
     Pair *single; /* (k, lanes) */
@@ -95,6 +95,8 @@ typedef struct {
     float low, per_unit;
     float tree[40]; /* see `plant` */
 } Search;
+
+#include "_processor.h"
 
 #include "_halves.h"
 
@@ -134,14 +136,6 @@ typedef struct {
 
 static int simd = 0; /* whether the second variant is used */
 
-static int processor_has_avx2(void) {
-#if HAS_AVX2 && defined(__GNUC__)
-    return __builtin_cpu_supports("avx2") != 0; /* all of these have F16C as well */
-#else
-    return HAS_AVX2;
-#endif
-}
-
 static void run(int operation, const Job *job, const Search *s, int64_t at, int64_t end,
                 Sums *sums, double total[8]) {
 #if HAS_AVX2
@@ -164,6 +158,8 @@ static void moments(const Job *job, int64_t at, int64_t end, double sum[8], doub
 }
 
 #include "_search.h"
+
+#include "_runs.h"
 
 /* ---- running jobs ----------------------------------------------------------------------- */
 
@@ -195,7 +191,8 @@ static void run_part(int operation, const Job *job, int64_t part, Search *s, Sum
     int64_t rows = (job->groups + job->parts - 1) / job->parts, columns = job->members;
     int64_t row = part * rows, from = 0;
     sums.lanes = lanes_for(job);
-    if (operation != MEASURE || job->power != 2 || sums.lanes * job->k > NARROW) sums.kind = EXACT;
+    int quick = operation == ADD || (operation == MEASURE && job->power == 2);
+    if (!quick || sums.lanes * job->k > NARROW) sums.kind = EXACT;
     else if (job->k <= 4) sums.kind = FEW;
     else sums.kind = job->k <= TREE && job->members >= GROUPED ? PAIRS : ONES;
     if (job->groups == 1) {
@@ -204,7 +201,7 @@ static void run_part(int operation, const Job *job, int64_t part, Search *s, Sum
         row = 0;
     }
     double total[8] = {0}, squares[8] = {0};
-    int summed = operation == MEASURE || operation == SUMS || operation == MOVE;
+    int summed = operation == MEASURE || operation == SUMS || operation == ADD || operation == MOVE;
     for (int64_t stop = row + rows < job->groups ? row + rows : job->groups; row < stop; row++) {
         int64_t left = job->members - from, n = left < columns ? left : columns;
         int64_t at = row * job->members + from;
@@ -379,6 +376,7 @@ static PyMethodDef methods[] = {
     {"run", run_call, METH_VARARGS, NULL},
     {"combine", combine, METH_VARARGS, NULL},
     {"midpoints", midpoints, METH_VARARGS, NULL},
+    {"best_runs", best_runs, METH_VARARGS, NULL},
     {"use_simd", use_simd, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

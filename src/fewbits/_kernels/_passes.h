@@ -197,32 +197,36 @@ TARGET static void NAME(add_ones)(const float *values, const uint16_t *index, in
     }
 }
 
-/* Add numbers to the sums of weights above each boundary. */
 TARGET static void NAME(add_few)(const Search *s, const float *values, const uint16_t *index, int n,
                                  const Sums *sums) {
-    Above above = {0};
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < 4; j++) {
-            above.sums[j][i % 8] += index[i] >= j ? values[i] : 0;
-            above.counts[j][i % 8] += index[i] >= j;
-        }
-    add_above(&above, s->k, sums);
+    Few few = {0};
+    for (int j = 0; j < 4; j++)
+        for (int i = 0; i < n; i += 8)
+            for (int l = 0; l < 8; l++) {
+                few.sums[j][l] += only_if(index[i + l] == j, values[i + l]);
+                few.counts[j][l] += index[i + l] >= j;
+            }
+    add_few(&few, s->k, sums);
 }
 
-/* Sum the distances of whole eights by cluster in float32, and their squares by lane. */
-TARGET static void NAME(measure)(const Search *s, const float *w, int n, const Sums *sums,
-                                 float squares[8]) {
+/* Sum values of whole eights by cluster in float32. Without values, the distances; and their squares
+ * by lane. */
+TARGET static void NAME(add)(const Search *s, const float *w, const float *values, int n,
+                             const Sums *sums, float squares[8]) {
     float near[BLOCK];
     uint16_t index[BLOCK];
 #if SIMD
-    if (measure_fast(s, w, n, sums, squares)) return;
+    if (values ? add_fast(s, w, values, n, sums) : measure_fast(s, w, n, sums, squares)) return;
 #endif
     NAME(locate)(s, w, n, index, near);
-    for (int i = 0; i < n; i++) near[i] = w[i] - near[i];
-    for (int i = 0; i < n; i++) squares[i % 8] += near[i] * near[i];
-    if (sums->kind == FEW) NAME(add_few)(s, near, index, n, sums);
-    else if (sums->kind == PAIRS) NAME(add_pairs)(near, index, n, sums->narrow);
-    else NAME(add_ones)(near, index, n, sums);
+    if (!values) {
+        for (int i = 0; i < n; i++) near[i] = w[i] - near[i];
+        for (int i = 0; i < n; i++) squares[i % 8] += near[i] * near[i];
+        values = near;
+    }
+    if (sums->kind == FEW) NAME(add_few)(s, values, index, n, sums);
+    else if (sums->kind == PAIRS) NAME(add_pairs)(values, index, n, sums->narrow);
+    else NAME(add_ones)(values, index, n, sums);
 }
 
 /* ---- what is done with a block ---------------------------------------------------------- */
@@ -264,9 +268,13 @@ TARGET static void NAME(assign)(const uint16_t *index, int n, int64_t at, const 
 TARGET static int NAME(eights)(int operation, const Job *job, const Search *s, const float *w,
                                int n, float *out, const Sums *sums, double total[8]) {
     int whole = n - n % 8;
+    if (operation == ADD && sums->kind != EXACT) {
+        NAME(add)(s, w, out, whole, sums, NULL);
+        return whole;
+    }
     if (operation == MEASURE && sums->kind != EXACT) {
         float squares[8] = {0}, all = 0;
-        NAME(measure)(s, w, whole, sums, squares);
+        NAME(add)(s, w, NULL, whole, sums, squares);
         for (int l = 0; l < 8; l++) all += squares[l];
         if (all > 1e-25f && all < 1e30f) {
             for (int l = 0; l < 8; l++) total[l] += squares[l];
@@ -312,7 +320,7 @@ TARGET static void NAME(rest)(int operation, const Job *job, const Search *s, co
 TARGET static void NAME(run)(int operation, const Job *job, const Search *s, int64_t at,
                              int64_t end, const Sums *sums, double total[8]) {
     float weights[BLOCK], others[BLOCK];
-    int read = operation == SUMS || operation == PULL;
+    int read = operation == SUMS || operation == ADD || operation == PULL;
     int written = operation == SNAP || operation == PULL, blocks = 0;
     for (int n; at < end; at += n) {
         n = end - at < BLOCK ? (int)(end - at) : BLOCK;

@@ -133,14 +133,17 @@ INLINE __m256 nearest(const Finder *f, const Search *s, int levels, const float 
     return near;
 }
 
-/* Whether there is a search by registers or grid, with the constant that a loop is made for. */
-#define BY_LEVELS(s, result, call)                                                             \
+/* Whether there is a search by registers or grid, with the constant that a loop is made for; of more
+ * than 4 values, or of any number. */
+#define BY_MORE_LEVELS(s, result, call)                                                        \
     if ((s)->k > TREE && !(s)->cells) result = 0;                                              \
     else if ((s)->levels == 0 && (s)->crowded) result = call(CROWD);                           \
     else if ((s)->levels == 0) result = call(GRID);                                            \
-    else if ((s)->levels == 2) result = call(2);                                               \
     else if ((s)->levels == 3) result = call(3);                                               \
     else result = call(4);
+#define BY_LEVELS(s, result, call)                                                             \
+    if ((s)->levels == 2) result = call(2);                                                    \
+    else BY_MORE_LEVELS(s, result, call)
 
 INLINE int locate_eights(const Search *s, int levels, const float *w, int n, uint16_t *index,
                          float *near) {
@@ -200,39 +203,48 @@ TARGET static int pull_fast(const Search *s, const float *w, int n, float scale,
     return done;
 }
 
+/* What is added, a constant that a loop is made for: distances, with their squares by lane, or values
+ * of their own. */
+enum { DISTANCES, VALUES };
+
 /* Of up to 4 values: the comparisons that find them mask what is added to sums in registers. */
-TARGET static void measure_few(const Search *s, const float *w, int n, const Sums *sums,
-                               float squares[8]) {
+INLINE __m256 add_by_masks(const Search *s, int what, const float *w, const float *values, int n,
+                           const Sums *sums) {
     const Finder f = finder_of(s);
     const __m256 c[4] = {_mm256_set1_ps(s->tree[24]), _mm256_set1_ps(s->tree[31]),
                          _mm256_set1_ps(s->tree[30]), _mm256_set1_ps(s->tree[29])};
     const __m256 zero = _mm256_setzero_ps();
     __m256 sum[4] = {zero, zero, zero, zero}, square = zero;
     __m256i count[3] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    Above above = {0};
+    Few few = {0};
     for (int i = 0; i + 8 <= n; i += 8) {
         __m256 x = _mm256_loadu_ps(w + i);
         _mm_prefetch((const char *)(w + i + FETCHED), _MM_HINT_T0);
         __m256 a = _mm256_cmp_ps(x, f.low, _CMP_GT_OQ), b = _mm256_cmp_ps(x, f.root, _CMP_GT_OQ);
-        __m256 d = _mm256_cmp_ps(x, f.high, _CMP_GT_OQ);
-        __m256 lower = _mm256_blendv_ps(c[0], c[1], a), upper = _mm256_blendv_ps(c[2], c[3], d);
-        __m256 away = _mm256_sub_ps(x, _mm256_blendv_ps(lower, upper, b));
-        square = _mm256_add_ps(square, _mm256_mul_ps(away, away));
-        sum[0] = _mm256_add_ps(sum[0], away);
-        sum[1] = _mm256_add_ps(sum[1], _mm256_and_ps(away, a));
-        sum[2] = _mm256_add_ps(sum[2], _mm256_and_ps(away, b));
-        sum[3] = _mm256_add_ps(sum[3], _mm256_and_ps(away, d));
+        __m256 d = _mm256_cmp_ps(x, f.high, _CMP_GT_OQ), own;
+        if (what == DISTANCES) {
+            __m256 lower = _mm256_blendv_ps(c[0], c[1], a), upper = _mm256_blendv_ps(c[2], c[3], d);
+            own = _mm256_sub_ps(x, _mm256_blendv_ps(lower, upper, b));
+            square = _mm256_add_ps(square, _mm256_mul_ps(own, own));
+        } else {
+            own = _mm256_loadu_ps(values + i);
+            _mm_prefetch((const char *)(values + i + FETCHED), _MM_HINT_T0);
+        }
+        sum[0] = _mm256_add_ps(sum[0], _mm256_andnot_ps(a, own));
+        sum[1] = _mm256_add_ps(sum[1], _mm256_andnot_ps(b, _mm256_and_ps(own, a)));
+        sum[2] = _mm256_add_ps(sum[2], _mm256_andnot_ps(d, _mm256_and_ps(own, b)));
+        sum[3] = _mm256_add_ps(sum[3], _mm256_and_ps(own, d));
         count[0] = _mm256_sub_epi32(count[0], _mm256_castps_si256(a));
         count[1] = _mm256_sub_epi32(count[1], _mm256_castps_si256(b));
         count[2] = _mm256_sub_epi32(count[2], _mm256_castps_si256(d));
     }
     for (int j = 0; j < 4; j++) {
-        _mm256_storeu_ps(above.sums[j], sum[j]);
-        if (j) _mm256_storeu_si256((__m256i *)above.counts[j], count[j - 1]);
-        else for (int l = 0; l < 8; l++) above.counts[0][l] = n / 8;
+        _mm256_storeu_ps(few.sums[j], sum[j]);
+        if (j) _mm256_storeu_si256((__m256i *)few.counts[j], count[j - 1]);
+        else for (int l = 0; l < 8; l++) few.counts[0][l] = n / 8;
     }
-    _mm256_storeu_ps(squares, square);
-    add_above(&above, s->k, sums);
+    add_few(&few, s->k, sums);
+    return square;
 }
 
 /* What has been found and is not added yet: an addition in memory would else wait for the search
@@ -243,10 +255,10 @@ typedef struct {
 } Found;
 
 /* Of up to 16 values: one addition for two neighbours, at a place that both indices name. */
-INLINE void note_pairs(Found *found, int i, __m256 away, __m256i index) {
+INLINE void note_pairs(Found *found, int i, __m256 own, __m256i index) {
     index = _mm256_or_si256(index, _mm256_srli_epi64(index, 28));
     index = _mm256_slli_epi64(_mm256_and_si256(index, _mm256_set1_epi64x(255)), 3);
-    _mm256_storeu_ps(found->values + i, away);
+    _mm256_storeu_ps(found->values + i, own);
     _mm256_storeu_si256((__m256i *)(found->places + i), index);
 }
 
@@ -261,12 +273,12 @@ INLINE void add_pairs(const Found *found, int i, float *narrow) {
 
 /* Of more: neighbours go to different lanes. Values stand beside ones, in the order 0 1 4 5 2 3 6
  * 7. */
-INLINE void note_ones(Found *found, int i, __m256 away, __m256i index, __m128i shift,
+INLINE void note_ones(Found *found, int i, __m256 own, __m256i index, __m128i shift,
                       __m256i lane) {
     const __m256 one = _mm256_set1_ps(1.0f);
     index = _mm256_add_epi32(_mm256_sll_epi32(index, shift), lane);
-    _mm256_storeu_ps(found->values + 2 * i, _mm256_unpacklo_ps(away, one));
-    _mm256_storeu_ps(found->values + 2 * i + 8, _mm256_unpackhi_ps(away, one));
+    _mm256_storeu_ps(found->values + 2 * i, _mm256_unpacklo_ps(own, one));
+    _mm256_storeu_ps(found->values + 2 * i + 8, _mm256_unpackhi_ps(own, one));
     _mm256_storeu_si256((__m256i *)(found->places + i), index);
 }
 
@@ -290,8 +302,8 @@ INLINE void add_ones(const Found *found, int i, float *narrow) {
 }
 
 /* Of more than 4 values; of up to 16 by pairs. */
-INLINE void measure_many(const Search *s, int levels, const float *w, unsigned n, const Sums *sums,
-                         int pairs, float squares[8]) {
+INLINE __m256 add_by_indices(const Search *s, int what, int levels, int pairs, const float *w,
+                             const float *values, unsigned n, const Sums *sums) {
     const Finder f = finder_of(s);
     const int lanes = sums->lanes;
     const unsigned late = 32;
@@ -305,31 +317,52 @@ INLINE void measure_many(const Search *s, int levels, const float *w, unsigned n
     for (unsigned i = 0; i < n + late; i += 8) {
         if (i < n) {
             __m256i at;
-            __m256 near = nearest(&f, s, levels, w, i, n, cells, &at);
-            __m256 away = _mm256_sub_ps(_mm256_loadu_ps(w + i), near);
-            square = _mm256_add_ps(square, _mm256_mul_ps(away, away));
-            if (pairs) note_pairs(&found, i % RING, away, at);
-            else note_ones(&found, i % RING, away, at, shift, lane);
+            __m256 own = nearest(&f, s, levels, w, i, n, cells, &at);
+            if (what == DISTANCES) {
+                own = _mm256_sub_ps(_mm256_loadu_ps(w + i), own);
+                square = _mm256_add_ps(square, _mm256_mul_ps(own, own));
+            } else {
+                own = _mm256_loadu_ps(values + i);
+                _mm_prefetch((const char *)(values + i + FETCHED), _MM_HINT_T0);
+            }
+            if (pairs) note_pairs(&found, i % RING, own, at);
+            else note_ones(&found, i % RING, own, at, shift, lane);
         }
         if (i < late) continue;
         if (pairs) add_pairs(&found, (i - late) % RING, sums->narrow);
         else add_ones(&found, (i - late) % RING, sums->narrow);
     }
-    _mm256_storeu_ps(squares, square);
+    return square;
+}
+
+INLINE int add_eights(const Search *s, int what, const float *w, const float *values, int n,
+                      const Sums *sums, __m256 *squares) {
+    int done = 1;
+    if (sums->kind == FEW) *squares = add_by_masks(s, what, w, values, n, sums);
+    else if (sums->kind == PAIRS && s->levels == 3)
+        *squares = add_by_indices(s, what, 3, 1, w, values, n, sums);
+    else if (sums->kind == PAIRS) *squares = add_by_indices(s, what, 4, 1, w, values, n, sums);
+    else {
+#define CALL(levels) (*squares = add_by_indices(s, what, levels, 0, w, values, n, sums), 1)
+        BY_MORE_LEVELS(s, done, CALL)
+#undef CALL
+    }
+    return done;
 }
 
 /* Search whole eights, and add w - representative to the float32 sums by cluster, and its square by
  * lane; return whether there is a fast search. */
 TARGET static int measure_fast(const Search *s, const float *w, int n, const Sums *sums,
                                float squares[8]) {
-    int done = 1;
-    if (sums->kind == FEW) measure_few(s, w, n, sums, squares);
-    else if (sums->kind == PAIRS && s->levels == 3) measure_many(s, 3, w, n, sums, 1, squares);
-    else if (sums->kind == PAIRS) measure_many(s, 4, w, n, sums, 1, squares);
-    else {
-#define CALL(levels) (measure_many(s, levels, w, n, sums, 0, squares), 1)
-        BY_LEVELS(s, done, CALL)
-#undef CALL
-    }
+    __m256 all = _mm256_setzero_ps();
+    int done = add_eights(s, DISTANCES, w, NULL, n, sums, &all);
+    _mm256_storeu_ps(squares, all);
     return done;
+}
+
+/* Do the same with values of the weights' own instead of their distances, without squares. */
+TARGET static int add_fast(const Search *s, const float *w, const float *values, int n,
+                           const Sums *sums) {
+    __m256 none;
+    return add_eights(s, VALUES, w, values, n, sums, &none);
 }

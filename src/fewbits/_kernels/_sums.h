@@ -1,20 +1,29 @@
 /* Sums by cluster in float32 over a few blocks, added up in float64; included by _native.c. */
 
-/* Of weights above each of up to 3 boundaries, by lane: the first is of all weights. */
+/* Of up to 4 clusters, by lane: sums, and how many weights are in it or a higher one. */
 typedef struct {
     float sums[4][8];
     uint32_t counts[4][8];
-} Above;
+} Few;
 
-static void add_above(const Above *above, int64_t k, const Sums *sums) {
-    double sum[5] = {0}, count[5] = {0};
+/* Return the number, or 0; no branch, which would be taken at random. */
+static inline float only_if(int wanted, float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, 4);
+    bits &= 0u - (uint32_t)wanted;
+    memcpy(&number, &bits, 4);
+    return number;
+}
+
+static void add_few(const Few *few, int64_t k, const Sums *sums) {
+    double sum[4] = {0}, count[5] = {0};
     for (int j = 0; j < k; j++)
         for (int l = 0; l < 8; l++) {
-            sum[j] += above->sums[j][l];
-            count[j] += above->counts[j][l];
+            sum[j] += few->sums[j][l];
+            count[j] += few->counts[j][l];
         }
     for (int j = 0; j < k; j++) {
-        sums->single[j * sums->lanes].sum += sum[j] - sum[j + 1];
+        sums->single[j * sums->lanes].sum += sum[j];
         sums->single[j * sums->lanes].count += count[j] - count[j + 1];
     }
 }

@@ -296,11 +296,26 @@ def cluster_sums(
     values: Tensor, weight: Tensor, boundaries: Tensor, power: int = 1
 ) -> tuple[Tensor, Tensor]:
     """See `_eager.cluster_sums`."""
+    found = _cluster_sums([values], [weight], boundaries, power)
+    return _eager.cluster_sums(values, weight, boundaries, power) if found is None else found
+
+
+def sums_all(
+    values: Sequence[Tensor], weights: Sequence[Tensor], boundaries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `_eager.sums_all`."""
+    found = _cluster_sums(values, weights, boundaries, 1)
+    return _eager.sums_all(values, weights, boundaries) if found is None else found
+
+
+def _cluster_sums(
+    values: Sequence[Tensor], weights: Sequence[Tensor], boundaries: Tensor, power: int
+) -> tuple[Tensor, Tensor] | None:
     k = boundaries.shape[1] + 1
-    table = _Table.of([weight], k) if k <= MOST_SUMMED and _fit(k, [values]) else None
+    table = _Table.of(weights, k) if k <= MOST_SUMMED and _fit(k, values) else None
     if table is None:
-        return _eager.cluster_sums(values, weight, boundaries, power)
-    results = table.sum(passes.CLUSTER_SUMS, boundaries.float(), boundaries, power, [values])
+        return None
+    results = table.sum(passes.CLUSTER_SUMS, boundaries.float(), boundaries, power, values)
     return table.sums(results)
 
 

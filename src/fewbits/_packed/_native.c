@@ -18,6 +18,8 @@
 #define HAS_AVX2 0
 #endif
 
+#include "../_kernels/_processor.h"
+
 #define MOST_INPUTS 8      /* of one pass over a row's indices */
 #define MOST_BYTE_INPUTS 4 /* of the same with eight-bit arithmetic */
 #define MOST_ROUNDED 256   /* inputs that are held rounded at a time */
@@ -312,9 +314,7 @@ static PyObject *linear_int8(PyObject *self, PyObject *args) {
 static PyObject *use_simd(PyObject *self, PyObject *args) {
     int wanted;
     if (!PyArg_ParseTuple(args, "p", &wanted)) return NULL;
-#if HAS_AVX2
-    simd = wanted && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
+    simd = wanted && processor_has_avx2();
     return PyBool_FromLong(simd);
 }
 

@@ -7,8 +7,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from .._errors import FewbitsError, PlanError
+
+# The oldest PyTorch whose ONNX exporter does all that the tests ask for.
+TESTED = "2.13"
 
 # How the converters' messages name an operator.
 _NAMES = re.compile(r"torch\._?ops\.\w+\.(\w+)|fx node (\w+)")
@@ -49,6 +53,16 @@ def converting(converter: str, model: nn.Module, inputs: Sequence[Tensor]) -> It
             f"{converter} cannot convert the model: {type(error).__name__}: {reason(error)}."
             f"{lacking(model, inputs, error)}"
         ) from error
+
+
+def older_torch() -> str:
+    """Return a sentence on this PyTorch where it is older than what exports were tested with."""
+    if TorchVersion(torch.__version__) >= TESTED:
+        return ""
+    return (
+        f" The exporter of PyTorch {torch.__version__} fails at some layers, batch norm among them:"
+        f" install PyTorch {TESTED} or newer."
+    )
 
 
 def lacking(model: nn.Module, inputs: Sequence[Tensor], error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._errors import FewbitsError, PlanError
 from ._compare import write_compared
-from ._lacking import lacking
+from ._lacking import lacking, older_torch
 from ._ready import Ready, dense_row, needs, ready
 from ._result import Exported, ExportedWeight
 
@@ -155,10 +155,11 @@ def _traced(prepared: Ready, dynamic_batch: bool, *, optimize: bool) -> Any:
             )  # fmt: skip
     except Exception as error:  # the exporter raises whatever torch.export and torchlib raise
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        hint = lacking(prepared.model, inputs, error)
+        older = older_torch()
+        hint = "" if older else lacking(prepared.model, inputs, error)
         if dynamic_batch and not hint:
             hint = " If the batch is fixed in it, use dynamic_batch=False."
-        raise PlanError(f"the model cannot be traced for ONNX: {reason}{hint}") from error
+        raise PlanError(f"the model cannot be traced for ONNX: {reason}{older}{hint}") from error
     finally:
         log.setLevel(level)
     assert program is not None  # it is where dynamo=True

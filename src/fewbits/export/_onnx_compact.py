@@ -8,6 +8,7 @@ import torch
 from onnxscript import optimizer
 
 from .._errors import FewbitsError, PlanError
+from ._lacking import older_torch
 from ._onnx_affine import DOMAIN, grid, multiply, products
 from ._onnx_decode import MARK, table
 from ._ready import Clustered, stored_row
@@ -35,7 +36,7 @@ def compact(program: Any, weights: tuple[Clustered, ...], how: str) -> tuple[Exp
             if not unused.issuperset(weight.names):
                 raise FewbitsError(
                     f"{weight.name}: the exporter changed this weight, so that it cannot be stored"
-                    ' as indices. Use weights="dense", and please report it.'
+                    f' as indices. Use weights="dense", and please report it.{older_torch()}'
                 )
             rows.append(stored_row(weight, "left out: forward does not use it", 0))
             continue

@@ -8,6 +8,7 @@ processor's.
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from .._clustering import Clustering
 from .._codebook import initial_codebook
 from .._errors import FewbitsError
-from .._kernels import COMPILED, kernels
+from .._kernels import COMPILED, kernels, midpoints, snap_all, sums_all
 from .._plan import plan as make_plan
 from .._pull import Proximal
 from .methods import METHODS, Recipe
@@ -261,6 +262,39 @@ def passes(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
             once, lambda codebook=codebook: naive_penalty(weight, gradient, codebook), pairs
         )
         rows.append({"what": "penalty, bucketize and scatter", "k": k, **figures})
+    return [row | {"ns": row["seconds"] / weights * 1e9} for row in rows]
+
+
+def snapped(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
+    """Measure the passes of the snapped forward over one read and write of the tensor.
+
+    Args:
+        weights: how many, float32.
+        sizes: the numbers of values K.
+        pairs: how many pairs; at least 2.
+
+    Returns:
+        two rows for each K, for snapping weights and for summing their gradients by cluster, as
+        those of `passes`.
+    """
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(1, weights) * 0.05, torch.randn(1, weights)
+    snapped = torch.zeros_like(weight)
+
+    def once() -> None:
+        gradient.mul_(0.5)
+
+    rows = []
+    for k in sizes:
+        codebook = initial_codebook(weight, k, "quantile")
+        boundaries = midpoints(codebook)
+        works: dict[str, Callable[[], object]] = {
+            "snapping": partial(snap_all, [snapped], [weight], codebook, boundaries),
+            "sums of gradients": partial(sums_all, [gradient], [weight], boundaries),
+        }
+        rows += [
+            {"what": what, "k": k, **in_turn(once, work, pairs)} for what, work in works.items()
+        ]
     return [row | {"ns": row["seconds"] / weights * 1e9} for row in rows]
 
 
