@@ -242,6 +242,7 @@ def test_bench_measures_every_variant_and_size(tmp_path):
     found = json.loads(result.stdout)
     assert found["threads"] == 1 and not written(tmp_path)
     assert len(found["steps"]) == len(found["layers"]) == 3 * 2 and len(found["attaching"]) == 2
+    assert found["passes"].pop(0)["what"] == "copying"
     assert len(found["passes"]) == (3 if found["compiled"] else 2) * 2
     assert len(found["snapped"]) == 2 * 2
     for row in found["passes"] + found["snapped"] + found["steps"] + found["layers"]:
