@@ -10,7 +10,9 @@ A page asks for a table by two comments, and this program writes what stands bet
 
 that is: the folder in docs/results, the numbers of values, and the rows, each a method with the
 settings that are not the study's default. A cell is the mean drop over the seeds, in points, and
-its standard deviation.
+its standard deviation. One such figure in the text stands between these, which may be in a table:
+
+    <!-- drop: digits-study; 2; penalty-snapped --><!-- end -->
 """
 
 import json
@@ -28,6 +30,8 @@ KEPT = ("report.md", "results.json", "rows.csv", "*.svg")
 MARK = re.compile(
     r"(<!-- drops: ([^|>]+)\|([^|>]+)\|([^>]+) -->\n).*?(<!-- end of drops -->)", re.S
 )
+
+ONE = re.compile(r"(<!-- drop: ([^;>]+);([^;>]+);([^>]+) -->).*?(<!-- end -->)")
 
 
 def drops(results: dict[str, Any], label: str, k: int) -> list[float]:
@@ -77,14 +81,21 @@ def table(results: dict[str, Any], ks: Iterable[int], labels: Iterable[str]) -> 
 
 
 def filled(page: str) -> str:
-    """Return a page's text with its tables of drops made anew."""
+    """Return a page's text with its drops, in tables and one by one, made anew."""
 
     def fill(match: re.Match) -> str:
-        results = json.loads((RESULTS / match[2].strip() / "results.json").read_text())
-        made = table(results, map(int, match[3].split(",")), match[4].split(";"))
+        made = table(kept(match[2]), map(int, match[3].split(",")), match[4].split(";"))
         return f"{match[1]}\n{made}\n{match[5]}"
 
-    return MARK.sub(fill, page)
+    def fill_one(match: re.Match) -> str:
+        return match[1] + cell(drops(kept(match[2]), match[4], int(match[3]))) + match[5]
+
+    return ONE.sub(fill_one, MARK.sub(fill, page))
+
+
+def kept(name: str) -> dict[str, Any]:
+    """Return the data file of a study that is kept in docs/results."""
+    return json.loads((RESULTS / name.strip() / "results.json").read_text())
 
 
 def keep(run: Path, name: str) -> None:
