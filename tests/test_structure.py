@@ -15,7 +15,7 @@ SRC = pathlib.Path(fewbits.__file__).parent
 
 # Lowest first: a module imports only from rows above its own.
 LAYERS = [
-    {"_errors", "_html"},
+    {"_errors", "_html", "_threads"},
     {"_kernels", "_symbols"},
     {"_kmeans", "schedules", "_rules", "_indexed", "_sharded", "_processes"},
     {"_codebook", "_packed"},

@@ -10,16 +10,15 @@ number of threads shows in no bit of a result.
 """
 
 import math
-import os
 import struct
 from array import array
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._threads import spread
 from . import _eager, _native  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 
 # As in _native.c.
@@ -36,10 +35,6 @@ PART, MOST_PARTS = 1 << 16, 64
 # Below this many weights a second thread costs more than it takes over (30 microseconds to wake).
 ALONE = 1 << 17
 
-_workers: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.clear)  # a child has none of its parent's threads
-
 
 def _parts(groups: int, members: int, k: int) -> int:
     size = max(PART, 64 * k)
@@ -50,26 +45,8 @@ def _parts(groups: int, members: int, k: int) -> int:
 
 def _run(operation: int, call: bytes, parts: int, weights: int) -> None:
     """Run an operation over all parts of all weights, on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), parts)
-    if threads == 1 or weights < ALONE:
-        _native.run(operation, call, 0, parts)
-        return
-    workers = _workers.get(threads)
-    if workers is None:
-        workers = _workers[threads] = ThreadPoolExecutor(threads - 1, "fewbits")
-    # A few runs of parts for each thread, so that none waits long for another.
-    cuts = [parts * i // (4 * threads) for i in range(4 * threads + 1)]
-    ranges = iter(list(zip(cuts, cuts[1:], strict=False)))
-
-    def work() -> None:
-        for first, last in ranges:  # under the GIL, so that each range is taken once
-            if first < last:
-                _native.run(operation, call, first, last)
-
-    others = [workers.submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+    threads = min(torch.get_num_threads(), parts) if weights >= ALONE else 1
+    spread(lambda first, last: _native.run(operation, call, first, last), parts, threads, rounds=4)
 
 
 class _Table:

@@ -5,15 +5,14 @@ order.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._indexed import layout
+from .._threads import spread
 from . import _eager, _native  # pyright: ignore[reportAttributeAccessIssue]  # compiled
 
 # Below this many weights a second thread costs more than it takes over.
@@ -27,10 +26,6 @@ MOST_INPUTS, MOST_INPUTS_WIDE = 16, 8
 # Inputs of a panel, rows that are multiplied with one at a time, floats of all panels at a time.
 PANEL, TALL, MOST_PANELS = 16, 6, 1 << 19
 
-_workers: dict[int, ThreadPoolExecutor] = {}
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.clear)  # a child has none of its parent's threads
-
 SIMD = _native.use_simd(True)
 
 
@@ -43,18 +38,7 @@ def use_simd(wanted: bool) -> bool:
 
 def _spread(work: Callable[[int, int], None], rows: int, weights: int) -> None:
     """Do work on ranges of rows, on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), rows)
-    if threads <= 1 or weights < ALONE:
-        work(0, rows)
-        return
-    workers = _workers.get(threads)
-    if workers is None:
-        workers = _workers[threads] = ThreadPoolExecutor(threads - 1, "fewbits")
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    others = [workers.submit(work, *cut) for cut in zip(cuts[1:], cuts[2:], strict=False)]
-    work(cuts[0], cuts[1])
-    for other in others:
-        other.result()
+    spread(work, rows, min(torch.get_num_threads(), rows) if weights >= ALONE else 1)
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
