@@ -15,6 +15,7 @@ its standard deviation. One such figure in the text stands between these, which 
     <!-- drop: digits-study; 2; penalty-snapped --><!-- end -->
 """
 
+import functools
 import json
 import re
 import shutil
@@ -30,7 +31,6 @@ KEPT = ("report.md", "results.json", "rows.csv", "*.svg")
 MARK = re.compile(
     r"(<!-- drops: ([^|>]+)\|([^|>]+)\|([^>]+) -->\n).*?(<!-- end of drops -->)", re.S
 )
-
 ONE = re.compile(r"(<!-- drop: ([^;>]+);([^;>]+);([^>]+) -->).*?(<!-- end -->)")
 
 
@@ -93,6 +93,7 @@ def filled(page: str) -> str:
     return ONE.sub(fill_one, MARK.sub(fill, page))
 
 
+@functools.cache
 def kept(name: str) -> dict[str, Any]:
     """Return the data file of a study that is kept in docs/results."""
     return json.loads((RESULTS / name.strip() / "results.json").read_text())

@@ -245,28 +245,25 @@ def passes(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
     torch.manual_seed(0)
     weight, gradient = torch.randn(1, weights) * 0.05, torch.zeros(1, weights)
     factor = torch.tensor([1e-9], dtype=torch.float64)
-
-    def once() -> None:
-        gradient.mul_(0.5)
-
     copied = torch.zeros_like(weight)
-    rows: list[Row] = [{"what": "copying", **in_turn(once, lambda: copied.copy_(weight), pairs)}]
+    codebooks = {k: initial_codebook(weight, k, "quantile") for k in sizes}
+
+    def penalty(backend: Any, codebook: Tensor) -> None:
+        backend.measure_all([weight], codebook, None, 2)
+        backend.pull_all([gradient], [weight], codebook, None, 2, factor)
+
+    works: list[tuple[Row, Callable[[], object]]] = [
+        ({"what": "copying"}, lambda: copied.copy_(weight))
+    ]
     for name, backend in kernels().items():
-        for k in sizes:
-            codebook = initial_codebook(weight, k, "quantile")
-
-            def penalty(backend: Any = backend, codebook: Tensor = codebook) -> None:
-                backend.measure_all([weight], codebook, None, 2)
-                backend.pull_all([gradient], [weight], codebook, None, 2, factor)
-
-            rows.append({"what": f"penalty, {name}", "k": k, **in_turn(once, penalty, pairs)})
-    for k in sizes:
-        codebook = initial_codebook(weight, k, "quantile")
-        figures = in_turn(
-            once, lambda codebook=codebook: naive_penalty(weight, gradient, codebook), pairs
-        )
-        rows.append({"what": "penalty, bucketize and scatter", "k": k, **figures})
-    return [row | {"ns": row["seconds"] / weights * 1e9} for row in rows]
+        for k, codebook in codebooks.items():
+            works.append(
+                ({"what": f"penalty, {name}", "k": k}, partial(penalty, backend, codebook))
+            )
+    for k, codebook in codebooks.items():
+        about = {"what": "penalty, bucketize and scatter", "k": k}
+        works.append((about, partial(naive_penalty, weight, gradient, codebook)))
+    return _over_one_pass(gradient, works, pairs)
 
 
 def snapped(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
@@ -283,23 +280,28 @@ def snapped(weights: int, sizes: Iterable[int], pairs: int) -> list[Row]:
     """
     torch.manual_seed(0)
     weight, gradient = torch.randn(1, weights) * 0.05, torch.randn(1, weights)
-    snapped = torch.zeros_like(weight)
-
-    def once() -> None:
-        gradient.mul_(0.5)
-
-    rows = []
+    out = torch.zeros_like(weight)
+    works: list[tuple[Row, Callable[[], object]]] = []
     for k in sizes:
         codebook = initial_codebook(weight, k, "quantile")
         boundaries = midpoints(codebook)
-        works: dict[str, Callable[[], object]] = {
-            "snapping": partial(snap_all, [snapped], [weight], codebook, boundaries),
-            "sums of gradients": partial(sums_all, [gradient], [weight], boundaries),
-        }
-        rows += [
-            {"what": what, "k": k, **in_turn(once, work, pairs)} for what, work in works.items()
-        ]
-    return [row | {"ns": row["seconds"] / weights * 1e9} for row in rows]
+        snapping = partial(snap_all, [out], [weight], codebook, boundaries)
+        sums = partial(sums_all, [gradient], [weight], boundaries)
+        works.append(({"what": "snapping", "k": k}, snapping))
+        works.append(({"what": "sums of gradients", "k": k}, sums))
+    return _over_one_pass(gradient, works, pairs)
+
+
+def _over_one_pass(
+    tensor: Tensor, works: Iterable[tuple[Row, Callable[[], object]]], pairs: int
+) -> list[Row]:
+    """Measure works over reading and writing a tensor once, in place; see `passes`."""
+
+    def once() -> None:
+        tensor.mul_(0.5)
+
+    rows = [about | in_turn(once, work, pairs) for about, work in works]
+    return [row | {"ns": row["seconds"] / tensor.numel() * 1e9} for row in rows]
 
 
 def attaching(weights: int, sizes: Iterable[int]) -> list[Row]:
