@@ -25,7 +25,7 @@ USED_FLOPS, USED_BANDWIDTH = 0.4, 0.5
 LINK = 450e9  # bytes a second and direction between GPUs of a machine, by the same data sheet
 TOKENS = 16_384  # a GPU and step
 # Measured on one thread of an AMD EPYC with AVX2 at K = 16: docs/results/performance.md.
-PASSES_NS, KMEANS_NS = 1.09, 0.4270 / 45_088_768 * 1e9
+PASSES_NS, KMEANS_NS = 1.15, 0.4270 / 45_088_768 * 1e9
 # Bytes of the exchange of a step: docs/guide.md, "FSDP2"; a test of the library counts them.
 PER_REPRESENTATIVE, PER_LAYER, PER_GRADIENT = 16, 24, 4
 
