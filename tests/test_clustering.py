@@ -222,6 +222,13 @@ def test_param_groups_hold_every_trainable_parameter_once():
     assert clustering.param_groups(lr=0.1)[1]["lr"] == 0.004 / 3
 
 
+@pytest.mark.parametrize("regularizer", [RateAware(), Periodic()])
+def test_representatives_that_are_not_revived_learn_as_fast_as_two(regularizer):
+    for k, rate in ((1, 0.004), (2, 0.002), (16, 0.002)):
+        clustering = fewbits.Clustering(two_layers(), k=k, regularizer=regularizer)
+        assert [group["lr"] for group in clustering.param_groups(lr=0.1)] == [0.1, rate]
+
+
 @settings(deadline=None)
 @given(ks=st.lists(st.integers(1, 64), min_size=2, max_size=2), lr=st.floats(1e-5, 1.0))
 def test_the_more_representatives_the_lower_their_learning_rate(ks, lr):

@@ -29,6 +29,7 @@ CARE_EVERY = 50
 USAGE_MOMENTUM = 0.9
 # Over K: the highest learning rate of K representatives, unless asked for. The more there are, the
 # closer they lie, and the shorter the steps that leave them apart. docs/choosing.md has figures.
+# As for two where regularizers revive none: few stay in use, or they are a grid that moves as one.
 CODEBOOK_LR_TIMES_K = 0.004
 
 
@@ -236,6 +237,7 @@ class Clustering:
             codebook_lr: learning rate of the representatives; if not given, `lr`, but at most
                 0.004 / K where there are K of them: a representative moves for all its weights at
                 once, and a network without batch norm diverges at rates that suit single weights.
+                0.002 under `RateAware` and `Periodic`.
 
         Returns:
             [{"params": …, "lr": …, "weight_decay": …}, then the same for the codebooks of each
@@ -247,7 +249,8 @@ class Clustering:
         for k in sorted({layer.planned.k for layer in self._layers}):
             alike = [layer for layer in self._layers if layer.planned.k == k]
             own = [parameter for layer in alike for parameter in layer.own_parameters()]
-            rate = min(lr, CODEBOOK_LR_TIMES_K / k) if codebook_lr is None else codebook_lr
+            used = k if self.regularizer.revives else min(k, 2)
+            rate = min(lr, CODEBOOK_LR_TIMES_K / used) if codebook_lr is None else codebook_lr
             groups.append({"params": own, "lr": rate, "weight_decay": 0.0})
         ours = {id(parameter) for group in groups for parameter in group["params"]}
         for parameter in self.model.parameters():
