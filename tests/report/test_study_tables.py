@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 import xml.etree.ElementTree as ElementTree
 
@@ -9,6 +10,7 @@ import pytest
 
 from fewbits.report import _plots, _study, write_study
 
+SVG = "{http://www.w3.org/2000/svg}"
 METHODS, KS, SEEDS, STRENGTHS = ("kmeans", "penalty"), (2, 4), (0, 1, 2), (0.1, 1.0, 10.0)
 
 
@@ -135,3 +137,25 @@ def test_the_folder_holds_tables_plots_and_the_results_themselves(results, tmp_p
     for line in page.splitlines():
         if line.startswith("!["):
             assert line.partition("](")[2][:-1] in names
+
+
+@pytest.mark.parametrize("many", [9, 20, 60])
+def test_many_curves_are_explained_beside_the_plot(results, many):
+    strengths = [1.0 + number for number in range(many)]
+    rows = [row("penalty", k, s, x) for k in KS for s in SEEDS for x in strengths]
+    for _, draw in _plots.plots(results | {"rows": rows}).values():
+        image = ElementTree.fromstring(draw("svg"))
+        _, _, width, height = map(float, image.attrib["viewBox"].split())
+        plot, legend = (corners(image, name) for name in ("patch_2", "legend_1"))
+        if plot[2] > legend[0]:  # few curves lie in the plot of one setting
+            assert len(image.findall(f".//{SVG}g[@id='legend_1']//{SVG}text")) <= 8
+        assert 0 <= legend[0] and legend[2] <= width and legend[3] <= height
+        assert plot[2] - plot[0] > 250 and plot[3] - plot[1] > 200
+
+
+def corners(image: ElementTree.Element, name: str) -> tuple[float, float, float, float]:
+    """Return the left, upper, right and lower edge of the first path in a group."""
+    path = image.find(f".//{SVG}g[@id='{name}']//{SVG}path")
+    assert path is not None
+    numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.attrib["d"])]
+    return min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])

@@ -64,11 +64,22 @@ def _render(draw: Callable[[Any], None], title: str, suffix: str) -> bytes:
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
         draw(axes)
-        axes.legend(fontsize=7)
+        _legend(figure, axes)
         file = io.BytesIO()
         empty = {"Date": None} if suffix == "svg" else {"CreationDate": None}
         figure.savefig(file, format=suffix, metadata=empty)
     return file.getvalue()
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """In place: explain the curves in the plot, or beside it where they are many."""
+    curves, names = axes.get_legend_handles_labels()
+    if len(names) <= 8:
+        axes.legend(fontsize=7)
+        return
+    width = 6.4 + 0.5 + 0.055 * max(map(len, names))
+    figure.set_size_inches(width, max(4.2, 0.5 + 0.16 * len(names)))
+    figure.legend(curves, names, loc="outside right upper", fontsize=7)
 
 
 def _curves(rows: Sequence[Entry], x: str, y: str) -> list[tuple[str, list[Entry]]]:
