@@ -219,27 +219,7 @@ def test_param_groups_hold_every_trainable_parameter_once():
     assert (weights["lr"], weights["weight_decay"]) == (0.1, 0.01)
     assert (codebooks["lr"], codebooks["weight_decay"]) == (0.02, 0.0)
     assert clustering.param_groups(lr=0.001)[1]["lr"] == 0.001
-    assert clustering.param_groups(lr=0.1)[1]["lr"] == 0.004 / 3
-
-
-@pytest.mark.parametrize("regularizer", [RateAware(), Periodic()])
-def test_representatives_that_are_not_revived_learn_as_fast_as_two(regularizer):
-    for k, rate in ((1, 0.004), (2, 0.002), (16, 0.002)):
-        clustering = fewbits.Clustering(two_layers(), k=k, regularizer=regularizer)
-        assert [group["lr"] for group in clustering.param_groups(lr=0.1)] == [0.1, rate]
-
-
-@settings(deadline=None)
-@given(ks=st.lists(st.integers(1, 64), min_size=2, max_size=2), lr=st.floats(1e-5, 1.0))
-def test_the_more_representatives_the_lower_their_learning_rate(ks, lr):
-    model = two_layers()
-    rules = {"0": {"k": ks[0]}, "2": {"k": ks[1]}}
-    clustering = fewbits.Clustering(model, plan=fewbits.plan(model, k=1, overrides=rules))
-    _, *codebooks = clustering.param_groups(lr=lr)
-    rates = {p.numel(): group["lr"] for group in codebooks for p in group["params"]}
-    assert rates == {k: min(lr, 0.004 / k) for k in ks}
-    assert all(group["weight_decay"] == 0.0 for group in codebooks)
-    assert sum(len(group["params"]) for group in codebooks) == 2
+    assert clustering.param_groups(lr=0.1)[1]["lr"] == 0.002
 
 
 @settings(max_examples=10, deadline=None)

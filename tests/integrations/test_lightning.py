@@ -131,19 +131,6 @@ def test_representatives_have_a_group_without_weight_decay(tmp_path):
     assert len(model["params"]) == 4
 
 
-def test_representatives_learn_at_rates_that_suit_how_many_there_are(tmp_path):
-    plan = fewbits.plan(Module(), k=2, overrides={"net.2": {"k": 16}})
-    callback = FewbitsCallback(plan=plan, harden=False)
-    run = trainer(callback, tmp_path, epochs=1)
-    run.fit(Module(True), loader())
-    model, two, sixteen = run.optimizers[0].param_groups
-    assert [p.shape for p in two["params"] + sixteen["params"]] == [(2,), (16,)]
-    rates = [group["initial_lr"] for group in (model, two, sixteen)]
-    assert rates == [0.1, 0.002, 0.00025]
-    assert [group["lr"] for group in (model, two, sixteen)] == [rate / 2 for rate in rates]
-    assert (two["weight_decay"], sixteen["weight_decay"]) == (0.0, 0.0)
-
-
 def test_only_the_named_submodule_is_clustered(tmp_path):
     class Two(Module):
         head: nn.Linear

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import _processes
-from .._clustering import Clustering
+from .._clustering import HIGHEST_CODEBOOK_LR, Clustering
 from .._errors import PlanError
 from .._plan import unwrapped
 
@@ -35,13 +35,13 @@ def separate_codebooks(
     codebook_lr: float | None = None,
     schedulers: Iterable[Any] = (),
 ) -> None:
-    """In place: give representatives parameter groups of their own, without weight decay.
+    """In place: give representatives a parameter group of their own, without weight decay.
 
     Args:
         optimizers: those of the loop, before they have a state.
         clustering: attached to the model they train.
-        codebook_lr: learning rate of the representatives; if not given, as `param_groups` has it
-            for the learning rate of the group they were in.
+        codebook_lr: learning rate of the representatives; if not given, as the group they were in,
+            but 0.002 at most.
         schedulers: learning-rate schedulers that were made for the optimizers already.
 
     Raises:
@@ -52,41 +52,28 @@ def separate_codebooks(
     for optimizer in optimizers:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside a loop's wrapper
         for number, group in enumerate(list(optimizer.param_groups)):
-            lr = group.get("initial_lr", group["lr"])
-            for own in clustering.param_groups(lr=lr, codebook_lr=codebook_lr)[1:]:
-                mine = {id(p) for p in own["params"]}
-                moved = [p for p in group["params"] if id(p) in mine]
-                if not moved:
-                    continue
-                ours = {key: name for key, name in ours.items() if key not in mine}
-                separate = _split(optimizer, number, moved, schedulers)
-                separate["weight_decay"] = 0.0
-                _set_rate(optimizer, separate, own["lr"], schedulers)
+            moved = [p for p in group["params"] if id(p) in ours]
+            if not moved:
+                continue
+            for parameter in moved:
+                ours.pop(id(parameter), None)
+            if len(moved) < len(group["params"]):
+                group["params"] = [p for p in group["params"] if not any(p is m for m in moved)]
+                own = {k: v for k, v in group.items() if k != "params"} | {"params": moved}
+                optimizer.add_param_group(own)
+                for scheduler in _schedulers_of(optimizer, schedulers):
+                    _follow(scheduler, number, len(optimizer.param_groups) - 1)
+                group = optimizer.param_groups[-1]
+            group["weight_decay"] = 0.0
+            rate = group.get("initial_lr", group["lr"])
+            rate = min(rate, HIGHEST_CODEBOOK_LR) if codebook_lr is None else codebook_lr
+            _set_rate(optimizer, group, rate, schedulers)
     if ours:
         raise PlanError(
             f"{len(ours)} of the codebooks are in no optimizer ({next(iter(ours.values()))} first),"
             " so their representatives would never move. Make the optimizer from all of the model's"
             " parameters after attaching."
         )
-
-
-def _split(
-    optimizer: torch.optim.Optimizer, number: int, moved: list[Tensor], schedulers: Iterable[Any]
-) -> dict[str, Any]:
-    """In place: move parameters of group `number` to a new group, unless they are all it has.
-
-    Returns:
-        the group that they are in now.
-    """
-    group = optimizer.param_groups[number]
-    if len(moved) == len(group["params"]):
-        return group
-    group["params"] = [p for p in group["params"] if not any(p is m for m in moved)]
-    before = len(optimizer.param_groups)
-    optimizer.add_param_group(group | {"params": moved})
-    for scheduler in _schedulers_of(optimizer, schedulers):
-        _follow(scheduler, number, before)
-    return optimizer.param_groups[-1]
 
 
 def _set_rate(

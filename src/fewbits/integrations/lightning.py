@@ -22,8 +22,8 @@ class FewbitsCallback(pl.Callback):
     only; one optimizer has all clustered weights.
 
     Args:
-        codebook_lr: learning rate of the representatives; if not given, as
-            `Clustering.param_groups` chooses it beside the weights'.
+        codebook_lr: learning rate of the representatives; if not given the weights', but 0.002 at
+            most.
         harden: whether the model is hardened at the end of a `fit` that ran to its end.
         submodule: name of the part of the LightningModule to cluster; all of it if not given.
         **clustering: what `fewbits.Clustering` takes besides the model: `bits`, `k` or `plan`,

@@ -85,8 +85,8 @@ def cluster(
 
     Args:
         trainer: with its model and arguments, before `train`.
-        codebook_lr: learning rate of the representatives; if not given, as
-            `Clustering.param_groups` chooses it beside the weights'.
+        codebook_lr: learning rate of the representatives; if not given the weights', but 0.002 at
+            most.
         harden: whether the model is hardened when the last step is done.
         **clustering: what `fewbits.Clustering` takes besides the model: `bits`, `k` or `plan`,
             `regularizer`, `pull`, `init`, `snapped_forward`.
