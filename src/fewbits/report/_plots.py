@@ -77,8 +77,9 @@ def _legend(figure: Any, axes: Any) -> None:
     if len(names) <= 8:
         axes.legend(fontsize=7)
         return
-    width = 6.4 + 0.5 + 0.055 * max(map(len, names))
-    figure.set_size_inches(width, max(4.2, 0.5 + 0.16 * len(names)))
+    width, height = figure.get_size_inches()  # 0.055 a letter and 0.16 a line at 7 points
+    width += 0.5 + 0.055 * max(map(len, names))
+    figure.set_size_inches(width, max(height, 0.5 + 0.16 * len(names)))
     figure.legend(curves, names, loc="outside right upper", fontsize=7)
 
 
